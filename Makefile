@@ -1,0 +1,55 @@
+# Everything here makes .venv and the extension first where they are missing. A GPU user: make TORCH=torch==2.14.1
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
+export PATH := $(BIN):$(PATH)
+
+.PHONY: quickstart test lint bench sanitize install simulator format clean
+
+quickstart: install  ## train an autoencoder and a CALM on real text, then write with it
+	calm-rt quickstart
+
+test: install simulator  ## the laws, the models, the pipeline
+	python -m pytest
+
+lint: $(VENV)/.lint  ## style of Python and C++
+	ruff check .
+	ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs clang-format --dry-run --Werror
+
+format: $(VENV)/.lint
+	ruff check --fix .
+	ruff format .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
+
+bench: install  ## official, compiled and native side by side
+	python -m pytest benchmarks --benchmark-columns=median,min,stddev
+
+sanitize: install  ## CUDA kernels under AddressSanitizer and ThreadSanitizer, planted bugs
+	python -m pytest -m sanitize
+
+
+install: $(VENV)/.installed
+
+simulator: install  ## the CUDA kernels as a CPU module
+	cmake -S csrc/simulator -B build/simulator -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(BIN)/python > build/simulator.log
+	cmake --build build/simulator >> build/simulator.log || (tail -n 40 build/simulator.log; false)
+
+clean:
+	rm -rf build dist calm_rt/*.so calm_rt.egg-info
+
+$(VENV)/.tools: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	pip install -q "$(TORCH)" "setuptools>=77" wheel "cmake>=3.28" ninja "pybind11>=3"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.lint: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	pip install -q ruff==0.17.6 clang-format==23.1.5
+	touch $@

@@ -1,0 +1,116 @@
+"""Every op at its large cases: the official formula, torch.compile of it and the kernel.
+
+    pytest benchmarks -k energy_score
+
+Each group prints its three rows together. `extra_info` holds the device, the threads, the peak of
+extra memory and the size of the gradient to compare it with. Official and compiled draw with
+torch's generator, the kernel with Philox by position.
+"""
+
+import importlib
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import calm_rt
+from calm_rt import _native, ops
+from calm_rt.testing import CASES, Case
+
+official = importlib.import_module("official")
+
+BENCHMARKS = [case for case in CASES if case.benchmark and case.op not in _native.REFERENCE_ONLY]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+RIVALS = ("official", "compiled", "native")
+PASSES = ("forward", "forward+backward")
+
+
+def contender(case: Case, rival: str, arguments: dict, backward: bool):
+    """A call without arguments that runs the op once."""
+    function = getattr(ops if rival == "native" else official, case.op)
+    if rival == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(function)
+    leaves = [arguments[name] for name in case.gradients]
+
+    def forward():
+        with torch.no_grad():
+            return function(**arguments)
+
+    def both():
+        return torch.autograd.grad(function(**arguments).sum(), leaves)
+
+    return both if backward else forward
+
+
+def peak_memory(case: Case, rival: str, backward: bool, device: str) -> int:
+    """Bytes that one warm call needs beyond its arguments."""
+    if device == "cuda":
+        call = contender(case, rival, case.make(device=device), backward)
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    command = [sys.executable, __file__, str(case), rival, str(int(backward))]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("case", BENCHMARKS, ids=str)
+def test_op(benchmark, case: Case, passes: str, rival: str, device: str) -> None:
+    if "backward" in passes and not case.gradients:
+        pytest.skip("the op has no gradient")
+    benchmark.group = f"{case} {passes} {device}"
+    arguments = case.make(device=device)
+    backward = "backward" in passes
+    call = contender(case, rival, arguments, backward)
+
+    def timed():
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    with calm_rt.backend("native" if rival == "native" else "auto"):
+        timed()  # compiles, and fills the allocator
+        benchmark.extra_info.update(
+            device=torch.cuda.get_device_name()
+            if device == "cuda"
+            else platform.processor() or platform.machine(),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            instruction_set=_native.build_info().get("isa", ""),
+            peak_extra_bytes=peak_memory(case, rival, backward, device),
+            gradient_bytes=sum(arguments[name].nbytes for name in case.gradients),
+        )
+        benchmark.pedantic(timed, rounds=15, warmup_rounds=2)
+
+
+def resident(field: str) -> int:
+    """VmRSS, resident memory now, or VmHWM, its peak; in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024
+
+
+def measure_peak(name: str, rival: str, backward: bool) -> int:
+    """Growth of this process's resident memory during a call, the library and the compiler being
+    warm."""
+    case = next(case for case in BENCHMARKS if str(case) == name)
+    call = contender(case, rival, case.make(), backward)
+    call()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    call()
+    return resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(measure_peak(sys.argv[1], sys.argv[2], sys.argv[3] == "1"))

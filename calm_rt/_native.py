@@ -1,0 +1,105 @@
+"""The compiled extension: is it there, which ops does it hold, and may a call use it."""
+
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "native", "reference")
+
+# Ops that have no kernel yet and always run the reference. This must end empty.
+REFERENCE_ONLY = (
+    "decode",
+    "encode",
+    "gated_mlp",
+    "linear_argmax",
+    "linear_cross_entropy",
+    "sample_latents",
+    "select_patch",
+)
+
+_backend = "auto"
+_load_error: str | None = None
+
+
+class NativeUnavailable(RuntimeError):
+    """A call under backend("native") would have fallen back to the reference."""
+
+
+def _load() -> str | None:
+    """Load calm_rt._C; return why that was impossible, or None."""
+    if importlib.util.find_spec("calm_rt._C") is None:
+        return "the extension calm_rt._C is not built (a C++ compiler at installation builds it)"
+    try:
+        import calm_rt._C  # noqa: F401
+    except ImportError as error:
+        reason = f"the extension calm_rt._C does not load in torch {torch.__version__}: {error}"
+        warnings.warn(f"calm_rt: {reason}; reinstall calm_rt. Using the reference.", stacklevel=2)
+        return reason
+    return None
+
+
+def loaded() -> bool:
+    return _load_error is None
+
+
+def build_info() -> dict[str, str]:
+    """What the extension was built from and with; empty without it."""
+    if not loaded():
+        return {}
+    lines = torch.ops.calm_rt.build_info().splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def why_reference(op: str, device: str, dtype: torch.dtype, dtypes: dict[str, tuple]) -> str | None:
+    """Why `op` on this device and dtype runs the reference; None where it runs a kernel.
+
+    dtypes: the dtypes that the op's kernels take, by device type.
+    """
+    if _backend == "reference":
+        return 'backend("reference") is chosen'
+    if _load_error is not None:
+        return _load_error
+    if op in REFERENCE_ONLY:
+        return f"{op} has no kernel yet"
+    if device not in dtypes:
+        return f"{op} has no kernel for {device} tensors"
+    if device == "cuda" and not torch.ops.calm_rt.has_cuda():
+        return "the extension was built without CUDA (CALM_RT_CUDA=ON builds it with nvcc)"
+    if dtype not in dtypes[device]:
+        return f"{op} has no kernel for {dtype} on {device}"
+    return None
+
+
+def use_native(op: str, tensor: Tensor, dtype: torch.dtype, dtypes: dict[str, tuple]) -> bool:
+    """Whether `op` runs its kernel on the tensor's device; backend("native") raises where not."""
+    reason = why_reference(op, tensor.device.type, dtype, dtypes)
+    if reason is not None and _backend == "native":
+        raise NativeUnavailable(f'{op}: backend("native") is chosen, but {reason}')
+    return reason is None
+
+
+class backend:
+    """How ops run: "auto" (kernels where they exist), "native" (never fall back), "reference".
+
+    As a statement, `calm_rt.backend("native")`, it stays in force; in a `with` it ends there.
+    Raises ValueError for another name.
+    """
+
+    def __init__(self, name: str):
+        global _backend
+        if name not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        self._previous, _backend = _backend, name
+
+    def __enter__(self) -> "backend":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        global _backend
+        _backend = self._previous
+
+
+_load_error = _load()

@@ -1,0 +1,169 @@
+"""Argument checks: one ValueError that names the argument, what is expected and what came.
+
+Only shapes, types and devices are looked at here, never values, so a check neither waits for a
+device nor breaks a `torch.compile` graph.
+"""
+
+import torch
+from torch import Tensor
+
+from calm_rt.reference import DecoderWeights, EncoderWeights, HeadWeights, LinearWeights, MlpWeights
+
+
+def check(condition: bool, name: str, expected: object, got: object) -> None:
+    """Raises ValueError("name: expected ..., got ...") unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_shape(name: str, tensor: Tensor, **sizes: int | None) -> None:
+    """Raises ValueError unless the tensor has the named sizes; None stands for any.
+
+    check_shape("mean", mean, R=4, L=None) accepts [4, anything].
+    """
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(sizes) and all(
+        want is None or have == want for have, want in zip(shape, sizes.values(), strict=True)
+    )
+    if not fits:
+        expected = ", ".join(
+            letter if size is None else f"{letter}={size}" for letter, size in sizes.items()
+        )
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(shape)}")
+
+
+def check_float(name: str, *tensors: Tensor) -> None:
+    """Raises ValueError unless every tensor is floating point; a group may share a name."""
+    for tensor in tensors:
+        check(tensor.is_floating_point(), name, "a floating-point tensor", tensor.dtype)
+
+
+def check_int64(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the tensor is int64."""
+    check(tensor.dtype == torch.int64, name, "an int64 tensor", tensor.dtype)
+
+
+def check_device(device: torch.device, **tensors: Tensor) -> None:
+    """Raises ValueError unless every named tensor is on the device."""
+    for name, tensor in tensors.items():
+        check(tensor.device == device, name, f"a tensor on {device}", f"one on {tensor.device}")
+
+
+def check_patches(name: str, ids: Tensor, patch_size: int) -> None:
+    """Raises ValueError unless ids is [B, a multiple of patch_size] int64."""
+    shape = list(ids.shape)
+    whole = len(shape) == 2 and shape[1] % patch_size == 0
+    check(whole, name, f"whole patches, shape [B, P x {patch_size}]", shape)
+    check_int64(name, ids)
+
+
+def check_linear(
+    name: str, weights: LinearWeights, outputs: int | None, inputs: int | None
+) -> None:
+    """Raises ValueError unless the map takes `inputs` to `outputs` features; None is any."""
+    check_shape(f"{name}.weight", weights.weight, out=outputs, **{"in": inputs})
+    check_shape(f"{name}.bias", weights.bias, out=weights.weight.shape[0])
+
+
+def check_mlp(name: str, weights: MlpWeights, hidden_size: int) -> None:
+    """Raises ValueError unless the weights are those of a gated MLP on `hidden_size` features."""
+    check_shape(f"{name}.norm", weights.norm, H=hidden_size)
+    check_shape(f"{name}.gate", weights.gate, I=None, H=hidden_size)
+    check_shape(f"{name}.up", weights.up, I=weights.gate.shape[0], H=hidden_size)
+    check_shape(f"{name}.down", weights.down, H=hidden_size, I=weights.gate.shape[0])
+
+
+def check_encoder(weights: EncoderWeights, patch_size: int) -> None:
+    """Raises ValueError unless these are an encoder's weights for `patch_size` tokens."""
+    check_shape("weights.embedding", weights.embedding, V=None, H=None)
+    hidden_size = weights.embedding.shape[1]
+    check_linear("weights.squeeze", weights.squeeze, hidden_size, patch_size * hidden_size)
+    for layer in weights.token_layers:
+        check_mlp("weights.token_layers", layer, hidden_size)
+    for layer in weights.patch_layers:
+        check_mlp("weights.patch_layers", layer, hidden_size)
+    check_shape("weights.norm", weights.norm, H=hidden_size)
+    check_linear("weights.latent", weights.latent, None, hidden_size)
+    outputs = weights.latent.weight.shape[0]
+    check(outputs % 2 == 0, "weights.latent", "as many means as log_stds", f"{outputs} outputs")
+
+
+def check_decoder(weights: DecoderWeights, latent_size: int) -> None:
+    """Raises ValueError unless these are a decoder's weights for `latent_size` numbers."""
+    check_shape("weights.vocabulary", weights.vocabulary, V=None, H=None)
+    hidden_size = weights.vocabulary.shape[1]
+    check_linear("weights.latent", weights.latent, hidden_size, latent_size)
+    for layer in weights.patch_layers:
+        check_mlp("weights.patch_layers", layer, hidden_size)
+    check_linear("weights.expand", weights.expand, None, hidden_size)
+    whole = weights.expand.weight.shape[0] % hidden_size == 0
+    check(whole, "weights.expand", f"K x H={hidden_size} outputs", weights.expand.weight.shape[0])
+    for layer in weights.token_layers:
+        check_mlp("weights.token_layers", layer, hidden_size)
+    check_shape("weights.norm", weights.norm, H=hidden_size)
+
+
+def check_head(weights: HeadWeights, hidden_size: int) -> None:
+    """Raises ValueError unless these are an energy head's weights for `hidden_size` features."""
+    check_linear("weights.noise", weights.noise, hidden_size, None)
+    check_linear("weights.hidden", weights.hidden, hidden_size, hidden_size)
+    for name in ("noise_norm", "hidden_norm", "final_norm"):
+        norm = getattr(weights, name)
+        check_shape(f"weights.{name}.weight", norm.weight, H=hidden_size)
+        check_shape(f"weights.{name}.bias", norm.bias, H=hidden_size)
+    for block in weights.blocks:
+        check_shape("weights.blocks.norm.weight", block.norm.weight, H=hidden_size)
+        check_shape("weights.blocks.norm.bias", block.norm.bias, H=hidden_size)
+        check_linear("weights.blocks.first", block.first, hidden_size, 2 * hidden_size)
+        check_linear("weights.blocks.second", block.second, hidden_size, hidden_size)
+        check_linear("weights.blocks.third", block.third, 2 * hidden_size, hidden_size)
+        check_linear("weights.blocks.down", block.down, hidden_size, hidden_size)
+    check_linear("weights.final_first", weights.final_first, hidden_size, hidden_size)
+    check_linear("weights.final_second", weights.final_second, None, hidden_size)
+
+
+def seed_and_rows(
+    seed: int | Tensor, rows: Tensor | None, num_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The two arguments of randomness as tensors.
+
+    seed: a Python int of 64 bits, or a [] int64 tensor on the device. Under `torch.compile` and in
+        CUDA graphs pass a tensor: an int would be compiled in.
+    rows: [R] int64, logical row ids, on the device; None for 0 .. R-1.
+    returns: [] int64, [R] int64.
+    """
+    if isinstance(seed, Tensor):
+        check_shape("seed", seed)
+        check_int64("seed", seed)
+        check_device(device, seed=seed)
+    else:
+        check(isinstance(seed, int), "seed", "an int or a [] int64 tensor", repr(seed))
+        if not torch.compiler.is_compiling():
+            check(-(2**63) <= seed < 2**63, "seed", "an int of 64 bits, -2^63 to 2^63 - 1", seed)
+        seed = torch.full((), seed, dtype=torch.int64, device=device)
+    if rows is None:
+        rows = torch.arange(num_rows, device=device)
+    else:
+        check_shape("rows", rows, R=num_rows)
+        check_int64("rows", rows)
+        check_device(device, rows=rows)
+    return seed, rows
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether values can be read for free: no wait for a device, no break of a compiled graph."""
+    on_host = type(tensor) is Tensor and tensor.device.type == "cpu"  # a fake tensor has no values
+    return on_host and tensor.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raises IndexError for an id outside the vocabulary; looks only where that is free.
+
+    On a GPU the embedding's own assertion speaks instead.
+    """
+    if not may_look(ids):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise IndexError(f"{name}: expected token ids in [0, {vocab_size}), got {wrong}")

@@ -1,0 +1,54 @@
+"""Random numbers by logical position, equal on every device, thread count and batch."""
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from .check import check, check_int64, check_shape, seed_and_rows
+
+DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)}
+
+
+def noise(
+    rows: Tensor,
+    num_draws: int,
+    length: int,
+    *,
+    seed: int | Tensor,
+    stream: int,
+    distribution: str = "normal",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Random numbers that depend on (seed, row id, draw, position, stream) only (Philox4x32-10).
+
+    rows: [R] int64, logical row ids, on the device where the numbers are wanted.
+    num_draws: D.  length: numbers a row, below 2^26.  seed: 64-bit int or [] int64 tensor.
+    stream: a reference.Stream, so that two uses of one seed and row never share numbers; 0 to 255.
+    distribution: "normal", or "uniform" in [0, 1) with the same bits everywhere.
+    returns: [D, R, length] in dtype.
+    Raises ValueError for a wrong shape, dtype, distribution or size.
+    """
+    check_shape("rows", rows, R=None)
+    check_int64("rows", rows)
+    check(num_draws >= 0, "num_draws", "0 or more", num_draws)
+    check(0 <= length < 1 << 26, "length", "0 to 2^26 - 1", length)
+    check(0 <= stream < 256, "stream", "0 to 255", stream)
+    check(
+        distribution in ("normal", "uniform"), "distribution", '"normal" or "uniform"', distribution
+    )
+    check(dtype.is_floating_point, "dtype", "a floating-point type", dtype)
+    seed, rows = seed_and_rows(seed, rows, rows.shape[0], rows.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    if not _native.use_native("noise", rows, wide, DTYPES):
+        return reference.noise(seed, rows, num_draws, length, stream, distribution, dtype)
+    normal = distribution == "normal"
+    return torch.ops.calm_rt.noise(seed, rows, num_draws, length, int(stream), normal, wide).to(
+        dtype
+    )
+
+
+if _native.loaded():
+
+    @torch.library.register_fake("calm_rt::noise")
+    def _(seed, rows, num_draws, length, stream, normal, dtype):
+        return rows.new_empty((num_draws, rows.shape[0], length), dtype=dtype)

@@ -1,0 +1,43 @@
+#include "common/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace calm_rt {
+
+static Isa detect() {
+  Isa best = Isa::kPortable;
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    best = Isa::kAvx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      best = Isa::kAvx512;
+    }
+  }
+#endif
+  if (const char* wanted = std::getenv("CALM_RT_CPU_ISA")) {
+    if (std::strcmp(wanted, "portable") == 0) best = Isa::kPortable;
+    if (std::strcmp(wanted, "avx2") == 0 && best > Isa::kAvx2) best = Isa::kAvx2;
+  }
+  return best;
+}
+
+Isa isa() {
+  static const Isa chosen = detect();
+  return chosen;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+}  // namespace calm_rt

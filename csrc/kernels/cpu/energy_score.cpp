@@ -1,0 +1,276 @@
+// Energy score on the CPU: one row at a time, a few targets at a time.
+//
+// A row's draws, its posterior and its gradients stay in a scratch of (2S + 12) L values, which fits the first caches.
+// There they lie in the order in which Philox makes them, 4 vectors of one counter each, so normals are never
+// rearranged: distances do not mind the order. Each target is made once and meets all S draws; a tile of 4 targets by
+// kDrawTile draws shares its loads.
+#include "kernels/energy_score.h"
+
+#include "kernels/cpu/select.h"
+#include "kernels/cpu/simd.h"
+
+#ifdef CALM_ISA_PORTABLE
+#include <memory>
+#endif
+
+namespace calm_rt {
+
+CALM_EACH_ISA(template <class T> void energy_score_kernel(const EnergyScore<T>& p, AccumulateType<T>* scratch,
+                                                          int64_t begin, int64_t end);)
+
+namespace CALM_ISA {
+namespace {
+
+constexpr int kTargetTile = 4;
+constexpr int kDrawTile = kLanes == 16 ? 4 : 2;  // 16 or 8 sums in registers beside their operands
+
+// Scratch of one row. All vectors are `padded` long, zeros beyond L.
+template <class Wide>
+struct Row {
+  int64_t padded, num_draws, draws_padded;
+  Wide *x, *grad_x;                             // [S, padded]
+  Wide *mean, *std, *grad_mean, *grad_log_std;  // [padded]
+  Wide *y, *delta;                              // [kTargetTile, padded], y = mean + delta
+  Wide* weight;                                 // [kTargetTile, draws_padded], squared distances, then gradient weights
+
+  Row(Wide* scratch, int64_t draws, int64_t length, int width, int lane_count)
+      : padded((length + width - 1) / width * width),
+        num_draws(draws),
+        draws_padded((draws + lane_count - 1) / lane_count * lane_count) {
+    auto take = [&](int64_t count) {
+      Wide* start = scratch;
+      scratch += count;
+      return start;
+    };
+    x = take(draws * padded);
+    grad_x = take(draws * padded);
+    mean = take(padded);
+    std = take(padded);
+    grad_mean = take(padded);
+    grad_log_std = take(padded);
+    y = take(kTargetTile * padded);
+    delta = take(kTargetTile * padded);
+    weight = take(kTargetTile * draws_padded);
+  }
+};
+
+// Calls visit(position, scratch index) for each of the row's `length` values.
+template <class V, class Visit>
+CALM_INLINE void each_position(int64_t length, const Visit& visit) {
+  constexpr int kWidth = 4 * lanes<V>;
+  int64_t base = 0;
+  for (; base + kWidth <= length; base += kWidth) {
+    for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < lanes<V>; ++i) visit(base + 4 * i + j, base + j * lanes<V> + i);
+    }
+  }
+  for (int64_t k = 0; base + k < length; ++k) visit(base + k, base + k % 4 * lanes<V> + k / 4);
+}
+
+template <class V, class T, class Wide>
+CALM_INLINE void read_row(const T* from, int64_t length, int64_t padded, Wide* to) {
+  for (int64_t k = length / (4 * lanes<V>)*(4 * lanes<V>); k < padded; ++k) to[k] = 0;
+  each_position<V>(length, [&](int64_t position, int64_t index) { to[index] = widen(from[position]); });
+}
+
+template <class V, class T, class Wide>
+CALM_INLINE void write_row(const Wide* from, int64_t length, T* to) {
+  each_position<V>(length, [&](int64_t position, int64_t index) { narrow(from[index], to + position); });
+}
+
+CALM_INLINE float power(float x, double exponent) { return static_cast<float>(__builtin_pow(x, exponent)); }
+CALM_INLINE double power(double x, double exponent) { return __builtin_pow(x, exponent); }
+
+// Turns `count` squared distances into the weights scale * beta * d^(beta - 2) of their gradients, 0 at distance 0;
+// returns the sum of d^beta.
+template <class V, class Wide>
+CALM_INLINE double weigh(Wide* squared, int64_t count, double beta, double scale) {
+  double total = 0;
+  if (beta == 1) {
+    for (int64_t k = 0; k < count; k += lanes<V>) {
+      V d = square_root(load(squared + k));
+      V w = static_cast<Wide>(scale) / d;
+      store(squared + k, d == 0 ? V{} : w);
+      total += sum(d);
+    }
+    return total;
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    Wide d = __builtin_sqrt(squared[k]);
+    squared[k] = d == 0 ? 0 : static_cast<Wide>(scale * beta) * power(d, beta - 2);
+    total += d == 0 ? 0 : power(d, beta);
+  }
+  return total;
+}
+
+// The mean of |x_i - x_j|^beta over pairs; its gradient starts grad_x.
+template <class V, class Wide>
+CALM_INLINE double diversity(const Row<Wide>& row, double beta) {
+  double total = 0;
+  const double pairs = 0.5 * static_cast<double>(row.num_draws) * static_cast<double>(row.num_draws - 1);
+  for (int64_t i = 0; i + 1 < row.num_draws; ++i) {
+    const Wide* a = row.x + i * row.padded;
+    int64_t others = row.num_draws - i - 1;
+    for (int64_t k = 0; k < row.draws_padded; ++k) row.weight[k] = 0;
+    for (int64_t k = 0; k < others; ++k) {
+      V squared{};
+      for (int64_t l = 0; l < row.padded; l += lanes<V>) {
+        V difference = load(a + l) - load(a + (k + 1) * row.padded + l);
+        squared += difference * difference;
+      }
+      row.weight[k] = sum(squared);
+    }
+    total += weigh<V>(row.weight, row.draws_padded, beta, 1 / pairs);
+    for (int64_t k = 0; k < others; ++k) {
+      Wide *grad_a = row.grad_x + i * row.padded, *grad_b = grad_a + (k + 1) * row.padded;
+      for (int64_t l = 0; l < row.padded; l += lanes<V>) {
+        V step = row.weight[k] * (load(a + l) - load(a + (k + 1) * row.padded + l));
+        store(grad_a + l, load(grad_a + l) + step);
+        store(grad_b + l, load(grad_b + l) - step);
+      }
+    }
+  }
+  return total / pairs;
+}
+
+template <int Targets, int Draws, class V, class Wide>
+CALM_INLINE void squared_distances(const Row<Wide>& row, int64_t draw) {
+  V squared[Targets][Draws] = {};
+  for (int64_t l = 0; l < row.padded; l += lanes<V>) {
+    V y[Targets];
+    for (int t = 0; t < Targets; ++t) y[t] = load(row.y + t * row.padded + l);
+    for (int s = 0; s < Draws; ++s) {
+      V x = load(row.x + (draw + s) * row.padded + l);
+      for (int t = 0; t < Targets; ++t) squared[t][s] += (x - y[t]) * (x - y[t]);
+    }
+  }
+  for (int t = 0; t < Targets; ++t) {
+    for (int s = 0; s < Draws; ++s) row.weight[t * row.draws_padded + draw + s] = sum(squared[t][s]);
+  }
+}
+
+// Makes targets first ... first + Targets - 1 of the row and adds them to the fidelity and the gradients.
+template <int Targets, class V, class T, class Wide>
+CALM_INLINE double add_targets(const EnergyScore<T>& p, const Row<Wide>& row, int64_t r, int64_t first, double scale) {
+  for (int t = 0; t < Targets; ++t) {
+    for (int64_t l = 0; l < row.padded; l += 4 * lanes<V>) {
+      V eps[4];
+      normals(static_cast<uint32_t>(l / 4), kTarget, static_cast<uint32_t>(first + t), p.rows[r],
+              static_cast<uint64_t>(*p.seed), eps);
+      for (int j = 0; j < 4; ++j) {
+        const int64_t k = l + j * lanes<V>;
+        V delta = load(row.std + k) * eps[j];
+        store(row.delta + t * row.padded + k, delta);
+        store(row.y + t * row.padded + k, load(row.mean + k) + delta);
+      }
+    }
+  }
+  int64_t draw = 0;
+  for (; draw + kDrawTile <= row.num_draws; draw += kDrawTile) squared_distances<Targets, kDrawTile, V>(row, draw);
+  for (; draw < row.num_draws; ++draw) squared_distances<Targets, 1, V>(row, draw);
+  double total = weigh<V>(row.weight, Targets * row.draws_padded, p.beta, scale);
+
+  if (p.grad_x) {
+    for (int64_t s = 0; s < row.num_draws; ++s) {
+      for (int64_t l = 0; l < row.padded; l += lanes<V>) {
+        V x = load(row.x + s * row.padded + l), grad = load(row.grad_x + s * row.padded + l);
+        for (int t = 0; t < Targets; ++t) {
+          grad += row.weight[t * row.draws_padded + s] * (x - load(row.y + t * row.padded + l));
+        }
+        store(row.grad_x + s * row.padded + l, grad);
+      }
+    }
+  }
+  if (p.grad_mean) {
+    for (int64_t l = 0; l < row.padded; l += lanes<V>) {
+      V grad_mean = load(row.grad_mean + l), grad_log_std = load(row.grad_log_std + l);
+      for (int t = 0; t < Targets; ++t) {
+        V y = load(row.y + t * row.padded + l), grad_y{};
+        for (int64_t s = 0; s < row.num_draws; ++s) {
+          grad_y += row.weight[t * row.draws_padded + s] * (y - load(row.x + s * row.padded + l));
+        }
+        grad_mean += grad_y;
+        grad_log_std += grad_y * load(row.delta + t * row.padded + l);
+      }
+      store(row.grad_mean + l, grad_mean);
+      store(row.grad_log_std + l, grad_log_std);
+    }
+  }
+  return total;
+}
+
+}  // namespace
+
+template <class T>
+void energy_score_kernel(const EnergyScore<T>& p, AccumulateType<T>* scratch, int64_t begin, int64_t end) {
+  using Wide = AccumulateType<T>;
+  using V = Vector<Wide>;
+  const Row<Wide> row(scratch, p.num_draws, p.size, 4 * lanes<V>, lanes<V>);
+  const double draws_by_targets = static_cast<double>(p.num_draws) * static_cast<double>(p.num_targets);
+  const double scale = -2 / draws_by_targets;  // of d fidelity in d score
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t s = 0; s < p.num_draws; ++s) {
+      read_row<V>(p.x + (s * p.num_rows + r) * p.size, p.size, row.padded, row.x + s * row.padded);
+    }
+    for (int64_t k = 0; k < p.num_draws * row.padded; ++k) row.grad_x[k] = 0;
+    read_row<V>(p.mean + r * p.size, p.size, row.padded, row.mean);
+    for (int64_t k = 0; k < row.padded; ++k) row.grad_mean[k] = row.grad_log_std[k] = row.std[k] = 0;
+    each_position<V>(p.size, [&](int64_t position, int64_t index) {
+      Wide log_std = p.log_std[r * p.size + position];
+      row.std[index] = sizeof(Wide) == 4 ? static_cast<Wide>(__builtin_expf(static_cast<float>(log_std)))
+                                         : static_cast<Wide>(__builtin_exp(log_std));
+    });
+    for (int64_t k = 0; k < kTargetTile * row.draws_padded; ++k) row.weight[k] = 0;
+
+    const double mean_diversity = diversity<V>(row, p.beta);
+    for (int64_t k = 0; k < kTargetTile * row.draws_padded; ++k) row.weight[k] = 0;
+    double total = 0;
+    int64_t m = 0;
+    for (; m + kTargetTile <= p.num_targets; m += kTargetTile) {
+      total += add_targets<kTargetTile, V>(p, row, r, m, scale);
+    }
+    for (; m < p.num_targets; ++m) total += add_targets<1, V>(p, row, r, m, scale);
+    const double mean_fidelity = total / draws_by_targets;
+
+    p.diversity[r] = static_cast<Wide>(mean_diversity);
+    p.fidelity[r] = static_cast<Wide>(mean_fidelity);
+    p.score[r] = static_cast<Wide>(mean_diversity - 2 * mean_fidelity);
+    if (p.grad_x) {
+      for (int64_t s = 0; s < p.num_draws; ++s) {
+        write_row<V>(row.grad_x + s * row.padded, p.size, p.grad_x + (s * p.num_rows + r) * p.size);
+      }
+    }
+    if (p.grad_mean) {
+      write_row<V>(row.grad_mean, p.size, p.grad_mean + r * p.size);
+      write_row<V>(row.grad_log_std, p.size, p.grad_log_std + r * p.size);
+    }
+  }
+}
+
+template void energy_score_kernel(const EnergyScore<float>&, float*, int64_t, int64_t);
+template void energy_score_kernel(const EnergyScore<double>&, double*, int64_t, int64_t);
+template void energy_score_kernel(const EnergyScore<bfloat16>&, float*, int64_t, int64_t);
+template void energy_score_kernel(const EnergyScore<half>&, float*, int64_t, int64_t);
+
+}  // namespace CALM_ISA
+
+#ifdef CALM_ISA_PORTABLE
+template <class T>
+void launch(Cpu device, const EnergyScore<T>& p) {
+  if (p.num_rows == 0) return;
+  const int64_t padded = (p.size + 63) / 64 * 64, draws_padded = (p.num_draws + 15) / 16 * 16;  // of the widest vectors
+  const int64_t scratch_size = (2 * p.num_draws + 12) * padded + 4 * draws_padded;
+  const int64_t grain = 1 + 16384 / (p.num_targets * p.size + 1);  // about 20 us of work
+  parallel_rows(device, p.num_rows, grain, [&](int64_t begin, int64_t end) {
+    auto scratch = std::make_unique<AccumulateType<T>[]>(static_cast<size_t>(scratch_size));
+    CALM_SELECT(energy_score_kernel<T>)(p, scratch.get(), begin, end);
+  });
+}
+
+template void launch(Cpu, const EnergyScore<float>&);
+template void launch(Cpu, const EnergyScore<double>&);
+template void launch(Cpu, const EnergyScore<bfloat16>&);
+template void launch(Cpu, const EnergyScore<half>&);
+#endif
+
+}  // namespace calm_rt

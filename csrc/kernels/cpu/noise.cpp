@@ -1,0 +1,56 @@
+// Noise on the CPU: one vector of counters at a time, put back into the order of positions.
+#include "kernels/noise.h"
+
+#include "kernels/cpu/select.h"
+#include "kernels/cpu/simd.h"
+
+namespace calm_rt {
+
+CALM_EACH_ISA(template <class T> void noise_kernel(const Noise<T>& p, int64_t begin, int64_t end);)
+
+namespace CALM_ISA {
+
+// Rows of the output, one per draw and row id, from begin to end.
+template <class T>
+void noise_kernel(const Noise<T>& p, int64_t begin, int64_t end) {
+  using V = Vector<T>;
+  constexpr int kWidth = 4 * lanes<V>;
+  const uint64_t seed = static_cast<uint64_t>(*p.seed);
+  for (int64_t i = begin; i < end; ++i) {
+    T* out = p.out + i * p.length;
+    const uint32_t draw = static_cast<uint32_t>(i / p.num_rows);
+    const int64_t row = p.rows[i % p.num_rows];
+    for (int64_t l = 0; l < p.length; l += kWidth) {
+      V value[4];
+      T block[4][lanes<V>];
+      if (p.normal) {
+        normals(static_cast<uint32_t>(l / 4), p.stream, draw, row, seed, value);
+      } else {
+        uniforms(static_cast<uint32_t>(l / 4), p.stream, draw, row, seed, value);
+      }
+      for (int j = 0; j < 4; ++j) store(block[j], value[j]);
+      const int64_t count = p.length - l < kWidth ? p.length - l : kWidth;
+      for (int64_t k = 0; k < count; ++k) out[l + k] = block[k % 4][k / 4];
+    }
+  }
+}
+
+template void noise_kernel(const Noise<float>&, int64_t, int64_t);
+template void noise_kernel(const Noise<double>&, int64_t, int64_t);
+
+}  // namespace CALM_ISA
+
+#ifdef CALM_ISA_PORTABLE
+template <class T>
+void launch(Cpu device, const Noise<T>& p) {
+  if (p.length == 0) return;
+  const int64_t grain = 1 + 16384 / p.length;  // about 20 us of work
+  parallel_rows(device, p.num_draws * p.num_rows, grain,
+                [&](int64_t begin, int64_t end) { CALM_SELECT(noise_kernel<T>)(p, begin, end); });
+}
+
+template void launch(Cpu, const Noise<float>&);
+template void launch(Cpu, const Noise<double>&);
+#endif
+
+}  // namespace calm_rt

@@ -1,0 +1,248 @@
+// The one SIMD layer: float vectors on compiler vector extensions, as wide as this file's instruction set.
+//
+// Every kernel source of this folder is compiled once per instruction set (CALM_ISA = portable, avx2, avx512), each in
+// a namespace of its own. Such a file may include own headers and intrinsics only: an inline std function compiled for
+// AVX-512 could be the copy that the linker keeps for everybody. The double overloads (one lane) let one kernel source
+// serve float64.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "common/philox.h"
+#include "common/types.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+// Declares a function in the namespace of every instruction set that this build has.
+#ifdef __x86_64__
+#define CALM_EACH_ISA(...) \
+  namespace portable {     \
+  __VA_ARGS__              \
+  }                        \
+  namespace avx2 {         \
+  __VA_ARGS__              \
+  }                        \
+  namespace avx512 {       \
+  __VA_ARGS__              \
+  }
+#else
+#define CALM_EACH_ISA(...) \
+  namespace portable {     \
+  __VA_ARGS__              \
+  }
+#endif
+
+#define CALM_INLINE static inline __attribute__((always_inline))
+
+namespace calm_rt::CALM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Float __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Word __attribute__((vector_size(4 * kLanes)));
+
+// The vector that a kernel computes in: Float for float, one lane of double for double.
+template <class T>
+struct VectorOf {
+  using type = Float;
+};
+template <>
+struct VectorOf<double> {
+  using type = double;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class V>
+constexpr int lanes = sizeof(V) == sizeof(double) ? 1 : kLanes;
+
+// ---- memory ----
+
+CALM_INLINE Float load(const float* p) {
+  Float v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+CALM_INLINE void store(float* p, Float v) { std::memcpy(p, &v, sizeof v); }
+CALM_INLINE double load(const double* p) { return *p; }
+CALM_INLINE void store(double* p, double v) { *p = v; }
+
+template <class V, class T>
+CALM_INLINE V splat(T x) {
+  return V{} + x;
+}
+
+CALM_INLINE float widen(float x) { return x; }
+CALM_INLINE double widen(double x) { return x; }
+CALM_INLINE float widen(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+CALM_INLINE float widen(half x) { return static_cast<float>(__builtin_bit_cast(_Float16, x.bits)); }
+
+CALM_INLINE void narrow(float x, float* out) { *out = x; }
+CALM_INLINE void narrow(double x, double* out) { *out = x; }
+CALM_INLINE void narrow(float x, bfloat16* out) {  // to nearest even; NaN stays NaN
+  uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+CALM_INLINE void narrow(float x, half* out) { out->bits = __builtin_bit_cast(uint16_t, static_cast<_Float16>(x)); }
+
+// ---- arithmetic ----
+
+CALM_INLINE Float select(Int mask, Float a, Float b) { return mask ? a : b; }
+
+CALM_INLINE float sum(Float v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+#endif
+}
+CALM_INLINE double sum(double v) { return v; }
+
+CALM_INLINE Float square_root(Float x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Float>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Float>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#else
+  Float root;
+  for (int i = 0; i < kLanes; ++i) root[i] = __builtin_sqrtf(x[i]);
+  return root;
+#endif
+}
+CALM_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
+// To the nearest integer, ties to even, for |x| < 2^22.
+CALM_INLINE Float round_to_even(Float x) {
+  const Float magic = splat<Float>(12582912.f);
+  return (x + magic) - magic;
+}
+
+// Natural logarithm of a normal positive x, within 0.7 ulp (coefficients of Cephes' logf).
+CALM_INLINE Float logarithm(Float x) {
+  Int bits = reinterpret_cast<Int>(x);
+  Int exponent = (bits >> 23) - 126;
+  Float m = reinterpret_cast<Float>((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
+  Int small = m < splat<Float>(0.707106781f);                           // -1 where true
+  exponent += small;
+  m = select(small, m + m, m) - 1.f;
+  Float z = m * m;
+  Float p = splat<Float>(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  Float e = __builtin_convertvector(exponent, Float);
+  Float y = p * m * z;
+  y = e * -2.12194440e-4f + y;
+  y = z * -0.5f + y;
+  return e * 0.693359375f + (m + y);
+}
+CALM_INLINE double logarithm(double x) { return __builtin_log(x); }
+
+// sin(2 pi u) and cos(2 pi u) for u in [0, 1): the reduction to a quarter turn is exact, the error below 1e-7.
+CALM_INLINE void sin_cos_turns(Float u, Float& sine, Float& cosine) {
+  Float quarter = round_to_even(u * 4.f);
+  Float r = (u * 4.f - quarter) * 1.57079632679f;
+  Int k = __builtin_convertvector(quarter, Int);
+  Float z = r * r;
+  Float s = splat<Float>(-1.9515295891e-4f);
+  s = s * z + 8.3321608736e-3f;
+  s = s * z - 1.6666654611e-1f;
+  s = s * (z * r) + r;
+  Float c = splat<Float>(2.443315711809948e-5f);
+  c = c * z - 1.388731625493765e-3f;
+  c = c * z + 4.166664568298827e-2f;
+  c = c * (z * z) + (1.f - 0.5f * z);
+  Int swap = (k & 1) != 0;
+  sine = reinterpret_cast<Float>(reinterpret_cast<Int>(select(swap, c, s)) ^ ((k & 2) << 30));
+  cosine = reinterpret_cast<Float>(reinterpret_cast<Int>(select(swap, s, c)) ^ (((k + 1) & 2) << 30));
+}
+CALM_INLINE void sin_cos_turns(double u, double& sine, double& cosine) {
+  sine = __builtin_sin(6.283185307179586477 * u);
+  cosine = __builtin_cos(6.283185307179586477 * u);
+}
+
+// ---- random numbers: common/philox.h, one counter a lane ----
+
+CALM_INLINE void multiply_wide(Word a, uint32_t m, Word& high, Word& low) {
+#if defined(__AVX512F__)
+  __m512i x = reinterpret_cast<__m512i>(a), factor = _mm512_set1_epi32(static_cast<int>(m));
+  __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
+  high = reinterpret_cast<Word>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
+  low = reinterpret_cast<Word>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
+#elif defined(__AVX2__)
+  __m256i x = reinterpret_cast<__m256i>(a), factor = _mm256_set1_epi32(static_cast<int>(m));
+  __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+  high = reinterpret_cast<Word>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
+  low = reinterpret_cast<Word>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+#else
+  typedef uint64_t Wide __attribute__((vector_size(8 * kLanes)));
+  Wide product = __builtin_convertvector(a, Wide) * static_cast<uint64_t>(m);
+  low = __builtin_convertvector(product, Word);
+  high = __builtin_convertvector(product >> 32, Word);
+#endif
+}
+
+CALM_INLINE Float uniform(Word word) {
+  return __builtin_convertvector(reinterpret_cast<Int>(word >> 8), Float) * kUniformStep;
+}
+
+// The uniforms of groups group ... group + lanes - 1: value[j] lane i belongs to position 4 (group + i) + j.
+CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed,
+                          Float (&value)[4]) {
+  PhiloxWords first = philox_counter(group, stream, draw, row);
+  Word c0 = splat<Word>(first.word[0]), c1 = splat<Word>(first.word[1]);
+  Word c2 = splat<Word>(first.word[2]), c3 = splat<Word>(first.word[3]);
+  for (int i = 0; i < kLanes; ++i) c0[i] += static_cast<uint32_t>(i);
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    Word high0, low0, high1, low1;
+    multiply_wide(c0, kPhiloxMultiplier0, high0, low0);
+    multiply_wide(c2, kPhiloxMultiplier1, high1, low1);
+    c0 = high1 ^ c1 ^ key0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ key1;
+    c3 = low0;
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
+  }
+  value[0] = uniform(c0);
+  value[1] = uniform(c1);
+  value[2] = uniform(c2);
+  value[3] = uniform(c3);
+}
+CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed,
+                          double (&value)[4]) {
+  PhiloxWords words = philox(philox_counter(group, stream, draw, row), seed);
+  for (int j = 0; j < 4; ++j) value[j] = calm_rt::uniform(words.word[j]);
+}
+
+// The normals of the same positions: Box-Muller on pairs of uniforms, cosine first.
+template <class V>
+CALM_INLINE void normals(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed, V (&value)[4]) {
+  V u[4];
+  uniforms(group, stream, draw, row, seed, u);
+  for (int pair = 0; pair < 4; pair += 2) {
+    V radius = square_root(-2.f * logarithm(u[pair] + kUniformStep)), sine, cosine;
+    sin_cos_turns(u[pair + 1], sine, cosine);
+    value[pair] = radius * cosine;
+    value[pair + 1] = radius * sine;
+  }
+}
+
+}  // namespace calm_rt::CALM_ISA

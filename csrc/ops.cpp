@@ -1,0 +1,62 @@
+// START HERE: every op of calm_rt, its schema and the function that each device runs. No logic.
+//
+// From here down: ops/<op>.h checks and allocates, kernels/<op>.h is the border (formula and struct),
+// kernels/{cpu,cuda}/ do the work.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "build_info.h"
+#include "common/isa.h"
+#include "ops/energy_score.h"
+#include "ops/noise.h"
+
+namespace calm_rt {
+
+std::string build_info() { return std::string(kBuildInfo) + "isa=" + isa_name(isa()) + "\n"; }
+
+bool has_cuda() {
+#ifdef CALM_RT_CUDA
+  return &aoti_torch_get_current_cuda_stream != nullptr;
+#else
+  return false;
+#endif
+}
+
+}  // namespace calm_rt
+
+STABLE_TORCH_LIBRARY(calm_rt, m) {
+  m.def("build_info() -> str");
+  m.def("has_cuda() -> bool");
+  m.def(
+      "noise(Tensor seed, Tensor rows, int num_draws, int length, int stream, bool normal, ScalarType dtype) -> "
+      "Tensor");
+  m.def(
+      "energy_score(Tensor x, Tensor mean, Tensor log_std, Tensor seed, Tensor rows, int num_targets, float beta, "
+      "bool need_grad_x, bool need_grad_target) -> (Tensor score, Tensor diversity, Tensor fidelity, Tensor grad_x, "
+      "Tensor grad_mean, Tensor grad_log_std)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(calm_rt, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&calm_rt::build_info));
+  m.impl("has_cuda", TORCH_BOX(&calm_rt::has_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(calm_rt, CPU, m) {
+  m.impl("noise", TORCH_BOX(&calm_rt::noise<calm_rt::Cpu>));
+  m.impl("energy_score", TORCH_BOX(&calm_rt::energy_score<calm_rt::Cpu>));
+}
+
+#ifdef CALM_RT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(calm_rt, CUDA, m) {
+  m.impl("noise", TORCH_BOX(&calm_rt::noise<calm_rt::Cuda>));
+  m.impl("energy_score", TORCH_BOX(&calm_rt::energy_score<calm_rt::Cuda>));
+}
+#endif
+
+// The ops register themselves when this library is loaded; Python only needs something to import.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

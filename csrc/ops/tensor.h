@@ -1,0 +1,107 @@
+// The one place where torch's stable ABI meets the kernels: checks, devices, dispatch over element types.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <optional>
+
+#include "common/device.h"
+#include "common/types.h"
+
+// Absent from a CPU-only torch; found through libtorch.so in a CUDA torch. So one binary serves both.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace calm_rt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The stable ABI's typed pointers know torch's own 16-bit types, ours have the same bits.
+template <class T>
+struct TorchType {
+  using type = T;
+};
+template <>
+struct TorchType<bfloat16> {
+  using type = torch::headeronly::BFloat16;
+};
+template <>
+struct TorchType<half> {
+  using type = torch::headeronly::Half;
+};
+
+template <class T>
+const T* input(const Tensor& tensor) {
+  return reinterpret_cast<const T*>(tensor.const_data_ptr<typename TorchType<T>::type>());
+}
+
+// nullptr for an empty tensor, which stands for an output that nobody asked for.
+template <class T>
+T* output(const Tensor& tensor) {
+  if (tensor.numel() == 0) return nullptr;
+  return reinterpret_cast<T*>(tensor.mutable_data_ptr<typename TorchType<T>::type>());
+}
+
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls body with a value of the kernel's element type.
+template <class Device, class Body>
+void dispatch(ScalarType type, const char* op, Body&& body) {
+  switch (type) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(bfloat16{});
+    case ScalarType::Half:
+      return body(half{});
+    default:
+      break;
+  }
+  if constexpr (std::is_same_v<Device, Cpu>) {
+    if (type == ScalarType::Double) return body(double{});
+  }
+  STD_TORCH_CHECK(false, op, ": no kernel for this dtype");
+}
+
+inline void parallel_for(int64_t count, int64_t grain, Cpu::Body body, const void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+// Makes the tensor's device current for as long as it lives and knows what a launch needs.
+template <class Device>
+struct Guard;
+
+template <>
+struct Guard<Cpu> {
+  explicit Guard(const Tensor&) {}
+  Cpu device() const { return {parallel_for}; }
+};
+
+#ifdef CALM_RT_SIMULATOR
+template <>
+struct Guard<Cuda> {  // the simulator runs CUDA kernels on CPU tensors, in order
+  explicit Guard(const Tensor&) {}
+  Cuda device() const { return {nullptr}; }
+};
+#else
+template <>
+struct Guard<Cuda> {
+  explicit Guard(const Tensor& tensor) : index(tensor.get_device_index()), guard(index) {}
+  Cuda device() const {
+    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream, "calm_rt: this torch was built without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    return {static_cast<cudaStream_t>(stream)};
+  }
+  int32_t index;
+  torch::stable::accelerator::DeviceGuard guard;
+};
+#endif
+
+}  // namespace calm_rt

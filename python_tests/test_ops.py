@@ -1,0 +1,287 @@
+"""The laws that every op obeys, checked on every case of calm_rt.testing; no op is named here.
+
+Ops without a kernel run the reference; the laws that compare the two leave them out.
+"""
+
+import contextlib
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+import calm_rt
+from calm_rt import _native, ops, testing
+from calm_rt.testing import CASES, Case
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+LAW_CASES = [case for case in CASES if not case.benchmark]
+NATIVE_CASES = [case for case in LAW_CASES if case.op not in _native.REFERENCE_ONLY]
+
+all_cases = pytest.mark.parametrize("case", LAW_CASES, ids=str)
+native_cases = pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
+all_devices = pytest.mark.parametrize("device", DEVICES)
+
+
+def kernel_dtypes(case: Case, device: str) -> tuple[torch.dtype, ...]:
+    return inspect.getmodule(getattr(ops, case.op)).DTYPES.get(device, ())
+
+
+def native_runs() -> list:
+    """(case, device, dtype) for every kernel."""
+    runs = []
+    for case in NATIVE_CASES:
+        for device in DEVICES:
+            dtypes = kernel_dtypes(case, device)
+            runs += [
+                pytest.param(case, device, dtype, id=f"{case}-{device}-{dtype}") for dtype in dtypes
+            ]
+    return runs
+
+
+def native(case: Case) -> contextlib.AbstractContextManager:
+    """No silent fallback, wherever the op has a kernel."""
+    return calm_rt.backend("auto" if case.op in _native.REFERENCE_ONLY else "native")
+
+
+def run(case: Case, arguments: dict) -> list[Tensor]:
+    """The outputs of the case, then the gradients of the sum of the first one, weighted
+    unevenly."""
+    outputs = getattr(ops, case.op)(**arguments)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    if case.gradients and torch.is_grad_enabled():
+        weight = torch.linspace(
+            0.5, 1.5, outputs[0].numel(), dtype=outputs[0].dtype, device=outputs[0].device
+        )
+        wanted = [arguments[name] for name in case.gradients]
+        outputs += torch.autograd.grad(outputs[0], wanted, weight.view_as(outputs[0]))
+    return [output.detach() for output in outputs]
+
+
+def cast(case: Case, arguments: dict, dtype: torch.dtype) -> dict:
+    """The same values in another dtype on the CPU, as leaves of a new graph."""
+    arguments = tree_map(lambda value: testing.move(value, dtype, "cpu"), arguments)
+    for name in case.gradients:
+        arguments[name] = arguments[name].detach().requires_grad_()
+    if "dtype" in inspect.signature(getattr(ops, case.op)).parameters:
+        arguments["dtype"] = dtype
+    return arguments
+
+
+@pytest.mark.parametrize(("case", "device", "dtype"), native_runs())
+def test_error_at_most_twice_the_reference(case: Case, device: str, dtype: torch.dtype) -> None:
+    arguments = case.make(dtype, device)
+    if "dtype" in inspect.signature(getattr(ops, case.op)).parameters:
+        arguments["dtype"] = dtype
+    with calm_rt.backend("native"):
+        ours = run(case, arguments)
+    # float64 has no wider type to be measured against: there the reference's error is that of
+    # float32, scaled by eps
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+    scale = torch.finfo(dtype).eps / torch.finfo(narrow).eps
+    with calm_rt.backend("reference"):
+        exact_arguments = cast(case, arguments, torch.float64)
+        truth = run(case, exact_arguments)
+        reference = run(case, cast(case, arguments, narrow))
+        exact = run(case, cast(case, cast(case, arguments, narrow), torch.float64))
+    magnitudes = (
+        case.magnitudes(exact_arguments)
+        if case.magnitudes
+        else [value.abs() + 1 for value in truth]
+    )
+    few_eps = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    for output, value, expected, wide, magnitude in zip(
+        ours, truth, reference, exact, magnitudes, strict=True
+    ):
+        assert output.shape == value.shape
+        error = (output.cpu().double() - value).abs()
+        allowed = 2 * scale * (expected.double() - wide).abs().max() + few_eps * magnitude
+        if (
+            output.dtype.itemsize == 2
+        ):  # rounded once in the kernel and once when the gradient is scaled
+            allowed = allowed + torch.finfo(output.dtype).eps * value.abs()
+        worst = (error / allowed).max().item() if error.numel() else 0.0
+        assert (error <= allowed).all(), f"{worst:.2f} times the error that is allowed"
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in LAW_CASES if case.smooth and case.gradients], ids=str
+)
+def test_gradcheck(case: Case) -> None:
+    arguments = case.make(torch.float64)
+
+    def first_output(*values: Tensor) -> Tensor:
+        outputs = getattr(ops, case.op)(
+            **{**arguments, **dict(zip(case.gradients, values, strict=True))}
+        )
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    with native(case):
+        # fast mode: a random projection of the Jacobian instead of every column
+        assert torch.autograd.gradcheck(
+            first_output, [arguments[name] for name in case.gradients], fast_mode=True
+        )
+
+
+class _Recorder(TorchDispatchMode):
+    """Remembers the calls of our own ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "calm_rt":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@native_cases
+@all_devices
+def test_opcheck(case: Case, device: str) -> None:
+    with calm_rt.backend("native"), _Recorder() as recorder:
+        getattr(ops, case.op)(**case.make(torch.float32, device))
+    assert recorder.calls, "the public function never reached its op"
+    for op, args, kwargs in recorder.calls:
+        torch.library.opcheck(op, args, kwargs)
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _sliced(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
+
+
+def _offset(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view_as(tensor)
+
+
+@pytest.mark.parametrize("view", [_transposed, _sliced, _offset])
+@native_cases
+@all_devices
+def test_views_equal_contiguous(case: Case, device: str, view) -> None:
+    def changed(value):
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        return view(value.detach()).requires_grad_(value.requires_grad)
+
+    with native(case):
+        expected = run(case, case.make(device=device))
+        actual = run(case, tree_map(changed, case.make(device=device)))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@native_cases
+@all_devices
+def test_expanded_rows_equal_contiguous(case: Case, device: str) -> None:
+    expanded, copied = case.make(device=device), case.make(device=device)
+    for name, dim in case.row_dims.items():
+        first = expanded[name].detach().narrow(dim, 0, 1)
+        expanded[name] = first.expand_as(expanded[name]).requires_grad_(
+            expanded[name].requires_grad
+        )
+        copied[name] = expanded[name].detach().clone().requires_grad_(expanded[name].requires_grad)
+    with native(case):
+        actual, expected = run(case, expanded), run(case, copied)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@all_cases
+@all_devices
+def test_compiles_into_one_graph_for_all_seeds(case: Case, device: str) -> None:
+    torch._dynamo.reset()
+    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(getattr(ops, case.op), fullgraph=True, backend=compiles)
+    with native(case):
+        for seed in (3, 4):
+            arguments = case.make(device=device)
+            if "seed" in arguments:
+                arguments["seed"] = torch.tensor(seed, device=device)
+            expected = getattr(ops, case.op)(**arguments)
+            actual = compiled(**arguments)
+            torch.testing.assert_close(actual, expected)
+            if case.gradients:
+                wanted = [arguments[name] for name in case.gradients]
+                gradients = [
+                    torch.autograd.grad(first(output).sum(), wanted)
+                    for output in (actual, expected)
+                ]
+                torch.testing.assert_close(*gradients)
+    assert compiles.frame_count == 1
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@all_cases
+@all_devices
+def test_two_runs_are_bitwise_equal(case: Case, device: str) -> None:
+    with native(case):
+        runs = [run(case, case.make(device=device)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@native_cases
+def test_thread_count_does_not_change_bits(case: Case) -> None:
+    threads = torch.get_num_threads()
+    try:
+        with calm_rt.backend("native"):
+            torch.set_num_threads(1)
+            one = run(case, case.make())
+            torch.set_num_threads(4)
+            four = run(case, case.make())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
+
+
+def wrong_arguments(case: Case) -> list[tuple[str, dict]]:
+    """(argument, arguments with that one wrong): another number of dimensions, dtype or device."""
+    wrongs = []
+    for name, value in case.make().items():
+        leaves = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+        for leaf in leaves[:1]:
+            dimensions = leaf.detach()[None] if leaf.dim() == 0 else leaf.detach().flatten()[0]
+            changes = [dimensions, *([leaf.detach().to("meta")] if len(case.row_dims) > 1 else [])]
+            if isinstance(value, Tensor):
+                changes.append(leaf.detach().to(torch.int32))  # neither a float nor an int64
+            for change in changes:
+                changed = tree_map(
+                    lambda other, old=leaf, new=change: new if other is old else other, value
+                )
+                wrongs.append((name, {**case.make(), name: changed}))
+    return wrongs
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@all_cases
+def test_wrong_arguments_are_named(case: Case, backend: str) -> None:
+    names = list(case.make())
+    for name, arguments in wrong_arguments(case):
+        with calm_rt.backend(backend), pytest.raises(ValueError, match=r"expected .*got ") as error:
+            getattr(ops, case.op)(**arguments)
+        named = str(error.value).split(":")[0].split(".")[0]
+        # what disagrees with the first argument is named instead of the first argument
+        assert named == name or (name == names[0] and named in names)
+
+
+@all_cases
+@all_devices
+def test_zero_rows(case: Case, device: str) -> None:
+    arguments = case.make(device=device)
+    for name, dim in case.row_dims.items():
+        value = arguments[name]
+        arguments[name] = value.detach().narrow(dim, 0, 0).requires_grad_(value.requires_grad)
+    if arguments.get("target") is not None:
+        arguments["reduction"] = "sum"  # the mean over nothing is NaN, as in torch
+    with native(case):
+        assert all(
+            not torch.isnan(output).any()
+            for output in run(case, arguments)
+            if output.is_floating_point()
+        )
