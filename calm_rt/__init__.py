@@ -2,6 +2,7 @@
 
 from . import ops, reference
 from ._native import NativeUnavailable, backend
+from .environment import info
 
 __version__ = "0.1.0"
-__all__ = ["NativeUnavailable", "backend", "ops", "reference"]
+__all__ = ["NativeUnavailable", "backend", "info", "ops", "reference"]

@@ -1,7 +1,9 @@
 """The compiled extension: is it there, which ops does it hold, and may a call use it."""
 
 import importlib.util
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,19 +32,38 @@ class NativeUnavailable(RuntimeError):
 
 def _load() -> str | None:
     """Load calm_rt._C; return why that was impossible, or None."""
-    if importlib.util.find_spec("calm_rt._C") is None:
+    spec = importlib.util.find_spec("calm_rt._C")
+    if spec is None:
         return "the extension calm_rt._C is not built (a C++ compiler at installation builds it)"
     try:
         import calm_rt._C  # noqa: F401
     except ImportError as error:
-        reason = f"the extension calm_rt._C does not load in torch {torch.__version__}: {error}"
+        reason = (
+            f"the extension calm_rt._C, built against torch {_built_against(spec.origin)}, "
+            f"does not load in torch {torch.__version__}: {error}"
+        )
         warnings.warn(f"calm_rt: {reason}; reinstall calm_rt. Using the reference.", stacklevel=2)
         return reason
     return None
 
 
+def _built_against(library: str) -> str:
+    """The torch version that stands in the build info inside a library that cannot be loaded."""
+    match = re.search(rb"built_against_torch=(\S+)", Path(library).read_bytes())
+    return match[1].decode() if match else "of an unknown version"
+
+
 def loaded() -> bool:
     return _load_error is None
+
+
+def load_error() -> str | None:
+    """Why the extension could not be loaded; None where it was."""
+    return _load_error
+
+
+def chosen_backend() -> str:
+    return _backend
 
 
 def build_info() -> dict[str, str]:
@@ -79,6 +100,12 @@ def use_native(op: str, tensor: Tensor, dtype: torch.dtype, dtypes: dict[str, tu
     if reason is not None and _backend == "native":
         raise NativeUnavailable(f'{op}: backend("native") is chosen, but {reason}')
     return reason is None
+
+
+def reference_only(op: str) -> None:
+    """Raise under backend("native"): the op has no kernel to run yet."""
+    if _backend == "native":
+        raise NativeUnavailable(f'{op}: backend("native") is chosen, but {op} has no kernel yet')
 
 
 class backend:

@@ -1,7 +1,7 @@
 """Argument checks: one ValueError that names the argument, what is expected and what came.
 
-Only shapes, types and devices are looked at here, never values, so a check neither waits for a
-device nor breaks a `torch.compile` graph.
+They look at shapes, types and devices, and at values only where `may_look` says that this is free,
+so they neither wait for a device nor break a `torch.compile` graph.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from calm_rt import reference
+from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_decoder, check_device, check_float
 from calm_rt.reference import DecoderWeights
 
@@ -21,4 +21,5 @@ def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Te
     check_float("latents", latents)
     check_decoder(weights, latents.shape[1])
     check_device(latents.device, vocabulary=weights.vocabulary)
+    _native.reference_only("decode")
     return reference.decode(latents, weights, eps)

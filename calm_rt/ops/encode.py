@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from calm_rt import reference
+from calm_rt import _native, reference
 from calm_rt.ops.check import check_device, check_encoder, check_ids, check_int64, check_shape
 from calm_rt.reference import EncoderWeights
 
@@ -23,5 +23,6 @@ def encode(ids: Tensor, weights: EncoderWeights, *, eps: float = 1e-6) -> tuple[
     check_encoder(weights, ids.shape[1])
     check_device(ids.device, embedding=weights.embedding)
     check_ids("ids", ids, weights.embedding.shape[0])
+    _native.reference_only("encode")
     mean, log_std = reference.encode(ids, weights, eps)
     return mean.contiguous(), log_std.contiguous()

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from calm_rt import reference
+from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_device, check_float, check_shape
 
 
@@ -28,4 +28,5 @@ def gated_mlp(
     for name, tensor in dict(x=x, norm_weight=norm_weight, gate=gate, up=up, down=down).items():
         check_float(name, tensor)
     check_device(x.device, norm_weight=norm_weight, gate=gate, up=up, down=down)
+    _native.reference_only("gated_mlp")
     return reference.gated_mlp(x, norm_weight, gate, up, down, eps)

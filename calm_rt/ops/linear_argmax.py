@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from calm_rt import reference
+from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_device, check_float, check_shape
 
 
@@ -21,4 +21,5 @@ def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
     check_float("hidden", hidden)
     check_float("weight", weight)
     check_device(hidden.device, weight=weight)
+    _native.reference_only("linear_argmax")
     return reference.linear_argmax(hidden, weight)

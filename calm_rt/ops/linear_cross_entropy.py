@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from calm_rt import reference
+from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_device, check_float, check_int64, check_shape
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -45,6 +45,7 @@ def linear_cross_entropy(
         )
         check_shape("denominator", denominator)
         check_device(hidden.device, denominator=denominator)
+    _native.reference_only("linear_cross_entropy")
     return reference.linear_cross_entropy(
         hidden, weight, target, ignore_index, reduction, denominator
     )

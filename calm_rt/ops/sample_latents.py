@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from calm_rt import reference
+from calm_rt import _native, reference
 from calm_rt.ops.check import (
     check,
     check_device,
@@ -39,4 +39,5 @@ def sample_latents(
     check_device(hidden.device, weights=weights.noise.weight)
     check(num_samples >= 1, "num_samples", "at least 1", num_samples)
     seed, rows = seed_and_rows(seed, rows, hidden.shape[0], hidden.device)
+    _native.reference_only("sample_latents")
     return reference.sample_latents(hidden, weights, num_samples, seed, rows)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from calm_rt import reference
+from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_int64, check_shape, seed_and_rows
 
 
@@ -32,4 +32,5 @@ def select_patch(
     )
     check(n >= 1, "n", "at least 1", n)
     seed, rows = seed_and_rows(seed, rows, tokens.shape[0], tokens.device)
+    _native.reference_only("select_patch")
     return reference.select_patch(tokens, n, seed, rows)

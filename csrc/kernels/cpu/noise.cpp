@@ -29,8 +29,13 @@ void noise_kernel(const Noise<T>& p, int64_t begin, int64_t end) {
         uniforms(static_cast<uint32_t>(l / 4), p.stream, draw, row, seed, value);
       }
       for (int j = 0; j < 4; ++j) store(block[j], value[j]);
-      const int64_t count = p.length - l < kWidth ? p.length - l : kWidth;
-      for (int64_t k = 0; k < count; ++k) out[l + k] = block[k % 4][k / 4];
+      if (l + kWidth <= p.length) {
+        for (int i = 0; i < lanes<V>; ++i) {
+          for (int j = 0; j < 4; ++j) out[l + 4 * i + j] = block[j][i];
+        }
+      } else {
+        for (int64_t k = 0; l + k < p.length; ++k) out[l + k] = block[k % 4][k / 4];
+      }
     }
   }
 }

@@ -49,6 +49,7 @@ constexpr int kLanes = 4;
 typedef float Float __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Word __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t Pair __attribute__((vector_size(4 * kLanes)));
 
 // The vector that a kernel computes in: Float for float, one lane of double for double.
 template <class T>
@@ -179,22 +180,16 @@ CALM_INLINE void sin_cos_turns(double u, double& sine, double& cosine) {
 
 // ---- random numbers: common/philox.h, one counter a lane ----
 
-CALM_INLINE void multiply_wide(Word a, uint32_t m, Word& high, Word& low) {
+// The 64-bit products of the low halves.
+CALM_INLINE Pair multiply_low(Pair a, Pair b) {
 #if defined(__AVX512F__)
-  __m512i x = reinterpret_cast<__m512i>(a), factor = _mm512_set1_epi32(static_cast<int>(m));
-  __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
-  high = reinterpret_cast<Word>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
-  low = reinterpret_cast<Word>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
+  return reinterpret_cast<Pair>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
-  __m256i x = reinterpret_cast<__m256i>(a), factor = _mm256_set1_epi32(static_cast<int>(m));
-  __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
-  high = reinterpret_cast<Word>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
-  low = reinterpret_cast<Word>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+  return reinterpret_cast<Pair>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__x86_64__)
+  return reinterpret_cast<Pair>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #else
-  typedef uint64_t Wide __attribute__((vector_size(8 * kLanes)));
-  Wide product = __builtin_convertvector(a, Wide) * static_cast<uint64_t>(m);
-  low = __builtin_convertvector(product, Word);
-  high = __builtin_convertvector(product >> 32, Word);
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
 }
 
@@ -203,28 +198,37 @@ CALM_INLINE Float uniform(Word word) {
 }
 
 // The uniforms of groups group ... group + lanes - 1: value[j] lane i belongs to position 4 (group + i) + j.
+// Words live in the low halves of 64-bit lanes, even and odd groups apart, and the high halves hold what they may: the multiply
+// reads low halves only, so a product needs no unpacking.
 CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed,
                           Float (&value)[4]) {
   PhiloxWords first = philox_counter(group, stream, draw, row);
-  Word c0 = splat<Word>(first.word[0]), c1 = splat<Word>(first.word[1]);
-  Word c2 = splat<Word>(first.word[2]), c3 = splat<Word>(first.word[3]);
-  for (int i = 0; i < kLanes; ++i) c0[i] += static_cast<uint32_t>(i);
+  Pair c0[2], c1[2], c2[2], c3[2];
+  for (int odd = 0; odd < 2; ++odd) {
+    for (int i = 0; i < kLanes / 2; ++i) c0[odd][i] = first.word[0] + static_cast<uint32_t>(2 * i + odd);
+    c1[odd] = splat<Pair>(uint64_t{first.word[1]});
+    c2[odd] = splat<Pair>(uint64_t{first.word[2]});
+    c3[odd] = splat<Pair>(uint64_t{first.word[3]});
+  }
+  const Pair multiplier0 = splat<Pair>(uint64_t{kPhiloxMultiplier0});
+  const Pair multiplier1 = splat<Pair>(uint64_t{kPhiloxMultiplier1});
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    Word high0, low0, high1, low1;
-    multiply_wide(c0, kPhiloxMultiplier0, high0, low0);
-    multiply_wide(c2, kPhiloxMultiplier1, high1, low1);
-    c0 = high1 ^ c1 ^ key0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ key1;
-    c3 = low0;
+    for (int odd = 0; odd < 2; ++odd) {
+      Pair p0 = multiply_low(c0[odd], multiplier0), p1 = multiply_low(c2[odd], multiplier1);
+      c0[odd] = (p1 >> 32) ^ c1[odd] ^ uint64_t{key0};
+      c1[odd] = p1;
+      c2[odd] = (p0 >> 32) ^ c3[odd] ^ uint64_t{key1};
+      c3[odd] = p0;
+    }
     key0 += kPhiloxWeyl0;
     key1 += kPhiloxWeyl1;
   }
-  value[0] = uniform(c0);
-  value[1] = uniform(c1);
-  value[2] = uniform(c2);
-  value[3] = uniform(c3);
+  const auto join = [](const Pair(&c)[2]) { return reinterpret_cast<Word>((c[0] & 0xffffffffu) | (c[1] << 32)); };
+  value[0] = uniform(join(c0));
+  value[1] = uniform(join(c1));
+  value[2] = uniform(join(c2));
+  value[3] = uniform(join(c3));
 }
 CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed,
                           double (&value)[4]) {

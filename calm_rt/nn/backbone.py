@@ -1,0 +1,203 @@
+"""The Transformer over patches: Llama's, fed with embeddings, with a static key-value cache."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calm_rt.nn.autoencoder import GatedMLP, RMSNorm, init_weights
+from calm_rt.nn.config import CalmConfig
+from calm_rt.ops.check import check, check_shape, may_look
+
+
+class Place(NamedTuple):
+    """Where the patches of one forward pass stand; the same for every layer."""
+
+    positions: Tensor  # [B, P] int64, or [1, P] where all rows start at 0
+    cos: Tensor  # [B, P, 1, head size / 2]
+    sin: Tensor
+    mask: Tensor | None  # [B, 1, P, T], which of the cache's T patches are seen; None without cache
+
+
+def rotary_angles(
+    positions: Tensor, size: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position x theta^(-2 i / size).
+
+    positions: [B, P] int64.  size: features of one head.  dtype: float32 or float64.
+    returns: two [B, P, 1, size / 2].
+    """
+    exponents = torch.arange(0, size, 2, device=positions.device).to(dtype) / size
+    angles = positions[..., None, None].to(dtype) * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on features i and i + size / 2, as Llama does in `transformers`.
+
+    x: [B, P, heads, size].  cos, sin: [B, P, 1, size / 2].
+    returns: as x.
+    """
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the patches read so far, for a batch of rows of unequal lengths.
+
+    One allocation of fixed size. `lengths` [B] int64 counts the patches of each row; a forward pass
+    writes its P new patches behind them, and the caller then says with `advance` how many of them
+    were real.
+    """
+
+    def __init__(
+        self,
+        config: CalmConfig,
+        batch_size: int,
+        max_patches: int,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ):
+        """batch_size: B rows.  max_patches: the most patches that a row may reach."""
+        check(batch_size >= 0, "batch_size", "at least 0", batch_size)
+        check(max_patches >= 1, "max_patches", "at least 1", max_patches)
+        self.max_patches = max_patches
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        # one more slot than patches: padding behind a row's end is written there and read by nobody
+        rows = (config.num_hidden_layers, 2, batch_size)
+        sizes = (*rows, max_patches + 1, config.num_key_value_heads, config.head_dim)
+        self.storage = torch.zeros(sizes, dtype=dtype, device=device)
+
+    def advance(self, counts: Tensor) -> None:
+        """Counts the last forward pass's first `counts[b]` patches of row b as read.
+
+        counts: [B] int64.
+        Raises ValueError (in eager CPU code) if a row would exceed max_patches.
+        """
+        check_shape("counts", counts, B=self.lengths.shape[0])
+        if may_look(self.lengths):
+            most, limit = int((self.lengths + counts).max()), self.max_patches
+            check(most <= limit, "counts", f"at most max_patches = {limit} patches a row", most)
+        self.lengths += counts
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows of the batch only.
+
+        rows: [B'] int64, indices into the batch.
+        """
+        self.storage, self.lengths = self.storage[:, :, rows], self.lengths[rows]
+
+    def reach(self, positions: Tensor) -> int:
+        """How many slots attention reads: all; fewer in eager CPU code, where looking is free."""
+        most = int(positions.max()) + 1 if may_look(positions) else self.max_patches
+        return min(self.max_patches, most)
+
+    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Stores one layer's keys and values.
+
+        positions: [B, P] int64.  keys, values: [B, P, key heads, head size].
+        """
+        slots = positions.clamp(max=self.max_patches)
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        self.storage[layer, 0].index_put_((rows, slots), keys.to(self.storage.dtype))
+        self.storage[layer, 1].index_put_((rows, slots), values.to(self.storage.dtype))
+
+    def read(self, layer: int, num_patches: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first patches: two [B, num_patches, key heads, head size]."""
+        return self.storage[layer, 0, :, :num_patches], self.storage[layer, 1, :, :num_patches]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries."""
+
+    def __init__(self, config: CalmConfig, index: int):
+        super().__init__()
+        hidden_size, key_size = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.index = index
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
+        """x: [B, P, H].  returns: [B, P, H]."""
+        queries = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), place.cos, place.sin)
+        keys = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), place.cos, place.sin)
+        values = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if cache is not None:
+            cache.write(self.index, place.positions, keys, values)
+            stored = cache.read(self.index, place.mask.shape[-1])
+            keys, values = (part.to(queries.dtype) for part in stored)
+        mixed = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=place.mask,
+            is_causal=cache is None,
+            enable_gqa=queries.shape[2] != keys.shape[2],
+        )
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+class TransformerLayer(nn.Module):
+    """Attention and gated MLP, each on a normalised input and added to its input."""
+
+    def __init__(self, config: CalmConfig, index: int):
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
+        """x: [B, P, H].  returns: [B, P, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), place, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Llama's decoder without an output projection; parameters as in `transformers`' LlamaModel.
+
+    `embed_tokens` is used by `Calm` to embed the tokens of a patch; every row is trained, also the
+    padding token's (the official code leaves that row zero).
+    """
+
+    def __init__(self, config: CalmConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        init_weights(self, config.initializer_range)
+
+    def forward(self, embeds: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Hidden states of patches that follow what the cache holds.
+
+        embeds: [B, P, H], one vector a patch.
+        cache: the P patches of row b stand at positions cache.lengths[b] and on. They are written
+            into the cache but not counted: call cache.advance. States of patches beyond
+            cache.max_patches mean nothing.
+        returns: [B, P, H].
+        """
+        check_shape("embeds", embeds, B=None, P=None, H=self.config.hidden_size)
+        place = self._place(embeds, cache)
+        hidden = embeds.to(self.norm.weight.dtype)  # float32 also under autocast
+        for layer in self.layers:
+            hidden = layer(hidden, place, cache)
+        return self.norm(hidden)
+
+    def _place(self, embeds: Tensor, cache: KVCache | None) -> Place:
+        positions = torch.arange(embeds.shape[1], device=embeds.device)[None]  # [1, P]
+        mask = None
+        if cache is not None:
+            check_shape("cache.lengths", cache.lengths, B=embeds.shape[0])
+            positions = positions + cache.lengths[:, None]  # [B, P]
+            slots = torch.arange(cache.reach(positions), device=embeds.device)
+            mask = (slots <= positions[..., None])[:, None]
+        config, wide = self.config, torch.promote_types(embeds.dtype, torch.float32)
+        cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, wide)
+        return Place(positions, cos, sin, mask)

@@ -1,0 +1,135 @@
+"""The tree is complete: an op that exists somewhere exists everywhere, and files keep their shape."""
+
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from calm_rt import _native, ops, reference
+from calm_rt.testing import CASES
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [
+    path
+    for folder in ("csrc", "calm_rt", "python_tests", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
+]
+KERNEL_OPS = [op for op in ops.__all__ if op not in _native.REFERENCE_ONLY]
+needs_checkout = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not in a checkout")
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_every_op_has_reference_case_and_docs(op: str) -> None:
+    function = getattr(ops, op)
+    assert inspect.getmodule(function).__name__ == f"calm_rt.ops.{op}"
+    assert callable(getattr(reference, op))
+    assert any(case.op == op and not case.benchmark for case in CASES)
+    for word in ("returns:", "Raises ValueError"):
+        assert word in function.__doc__, f"{op}: docstring lacks {word}"
+    for name in inspect.signature(function).parameters:
+        assert re.search(rf"\b{name}\b", function.__doc__), (
+            f"{op}: docstring does not explain {name}"
+        )
+
+
+@needs_checkout
+@pytest.mark.parametrize("op", KERNEL_OPS)
+def test_every_kernel_op_has_its_files(op: str) -> None:
+    for path in (
+        f"kernels/{op}.h",
+        f"kernels/cpu/{op}.cpp",
+        f"kernels/cuda/{op}.cu",
+        f"ops/{op}.h",
+    ):
+        assert (ROOT / "csrc" / path).is_file(), f"{op}: csrc/{path} is missing"
+    registrations = (ROOT / "csrc/ops.cpp").read_text()
+    for device in ("Cpu", "Cuda"):
+        assert f'm.impl("{op}", TORCH_BOX(&calm_rt::{op}<calm_rt::{device}>));' in registrations
+    assert any(case.op == op and case.benchmark for case in CASES), f"{op}: no benchmark case"
+    assert f"def {op}(" in (ROOT / "benchmarks/official.py").read_text(), (
+        f"{op}: no official formula"
+    )
+
+
+@pytest.mark.parametrize("op", KERNEL_OPS)
+def test_every_kernel_op_is_registered_with_its_fake(op: str) -> None:
+    assert _native.loaded(), _native.load_error()
+    name = f"calm_rt::{op}"
+    for key in ("CPU", "CompositeExplicitAutograd"):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+            break
+    else:
+        pytest.fail(f"{op}: no CPU kernel is registered")
+    assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
+
+
+@needs_checkout
+def test_reference_only_ops_have_no_kernel_files() -> None:
+    for op in _native.REFERENCE_ONLY:
+        assert op in ops.__all__
+        assert not (ROOT / "csrc/kernels" / f"{op}.h").exists(), (
+            f"{op} has a kernel: drop it from REFERENCE_ONLY"
+        )
+
+
+@needs_checkout
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_keep_their_shape(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400, "split the file: it is more than one thing"
+    assert path.stem not in ("utils", "helpers", "misc")
+    layer = path.relative_to(ROOT).as_posix()
+    included = re.findall(r'#include [<"]([^>"]+)[>"]', text)
+    if layer.startswith(("csrc/kernels", "csrc/common")):
+        assert not [
+            name for name in included if name.startswith(("torch/", "ATen/", "c10/", "ops/"))
+        ]
+    if layer.startswith("csrc/common"):
+        assert not [name for name in included if name.startswith("kernels/")]
+    if layer.startswith("csrc") and re.search(r"\basm\b", text):
+        assert layer == "csrc/kernels/cuda/primitives.cuh" or layer.startswith("csrc/simulator/")
+
+
+@needs_checkout
+def test_imports_go_one_way() -> None:
+    """reference <- ops <- nn <- sampling, evaluation, training, generation <- patch, cli."""
+    layers = [
+        ["reference"],
+        ["ops", "_native"],
+        ["nn"],
+        ["sampling", "evaluation", "training", "generation", "losses", "brier"],
+        ["quickstart", "cli", "patch"],
+    ]
+    level = {name: depth for depth, names in enumerate(layers) for name in names}
+    for path in sorted((ROOT / "calm_rt").rglob("*.py")):
+        own = path.relative_to(ROOT / "calm_rt").parts[0].removesuffix(".py")
+        for line in path.read_text().splitlines():
+            match = re.match(r"(?:from calm_rt\.|from \.+|import calm_rt\.)(\w+)", line)
+            if match and own in level and match[1] in level:
+                assert level[match[1]] <= level[own], f"{path.name}: {line} goes upward"
+
+
+@needs_checkout
+def test_stream_tables_agree() -> None:
+    header = (ROOT / "csrc/common/philox.h").read_text()
+    table = {name: int(value) for name, value in re.findall(r"  k(\w+) = (\d+),", header)}
+    assert table == {
+        stream.name.title().replace("_", ""): int(stream) for stream in reference.Stream
+    }
+
+
+@needs_checkout
+def test_no_shared_symbol_is_compiled_for_one_instruction_set() -> None:
+    """An inline std function compiled for AVX-512 could be the copy that the linker keeps."""
+    objects = list(ROOT.glob("build/*/CMakeFiles/cpu_avx512.dir/csrc/kernels/cpu/*.o"))
+    if not objects:
+        pytest.skip("installed from elsewhere: no object files here")
+    listing = subprocess.run(
+        ["nm", "-C", "--defined-only", *map(str, objects)], capture_output=True, text=True
+    )
+    weak = re.findall(r"^\S+ [VWu] (.*)$", listing.stdout, re.MULTILINE)
+    assert weak and all("calm_rt::avx512::" in name for name in weak), weak
