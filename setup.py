@@ -49,4 +49,5 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[Extension("calm_rt._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -8,8 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def scratch_folder(folder: Path, name: str = "folder") -> Iterator[Path]:
-    """A temporary folder inside `folder`, gone at the end; move finished files out of it with
-    os.replace.
+    """A temporary folder inside `folder`; finished files are moved out of it with os.replace.
 
     folder: made if missing.  name: of the argument, for the error.
     raises: ValueError where nothing can be written; any OSError of the body, such as a full disk,

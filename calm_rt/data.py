@@ -1,0 +1,387 @@
+"""Token shards: documents as memory-mapped tokens, read where a pure function of the step says.
+
+A shard folder holds
+    shards.json     the header: version, element type, sizes, tokenizer fingerprint
+    tokens.bin      training documents, then held-out ones: tokens, EOS, PAD to whole patches
+    documents.bin   int64 [D + 1], where in tokens.bin each document starts
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calm_rt import host
+from calm_rt.atomic import scratch_folder
+from calm_rt.documents import PathLike, default_corpus, read_documents
+from calm_rt.reference import Stream
+from calm_rt.tokenizer import TextStream, Tokenizer, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "TextStream",
+    "TokenShards",
+    "Tokenizer",
+    "default_corpus",
+    "load_tokenizer",
+    "read_documents",
+    "train_tokenizer",
+    "write_shards",
+]
+
+FORMAT, VERSION = "calm_rt token shards", 1
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+OFFSET = np.dtype("<i8")
+BATCH_CHARACTERS = 1 << 22  # of text that is encoded at once
+FEISTEL_ROUNDS = 6  # four are pseudo-random for large domains; small ones gain from more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What shards.json says."""
+
+    format: str
+    version: int
+    dtype: str
+    vocab_size: int
+    patch_size: int
+    num_tokens: int
+    num_train_tokens: int
+    num_documents: int
+    num_train_documents: int
+    tokenizer: str  # fingerprint
+    eos_id: int
+    pad_id: int
+
+
+def write_shards(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    folder: PathLike,
+    patch_size: int,
+    held_out: float = 0.05,
+) -> "TokenShards":
+    """Encodes documents into a shard folder, in place of one that is there.
+
+    documents: texts, read once.
+    held_out: the share of the documents that is kept for evaluation, in [0, 1). A hash of its text
+        decides about each document, so equal texts stay together and a grown corpus keeps its
+        split; at least one document is held out.
+    raises: ValueError for no documents, too few to hold one out, tokens outside the vocabulary, a
+        folder that cannot be written. OSError, such as a full disk, as it comes; nothing unfinished
+        stays behind.
+    """
+    if patch_size < 1:
+        raise ValueError(f"patch_size: expected at least 1, got {patch_size}")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out: expected a share in [0, 1), got {held_out}")
+    folder = Path(folder)
+    name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    with scratch_folder(folder) as scratch:
+        keys, sizes = _write_in_order(
+            documents, tokenizer, patch_size, scratch / "all.bin", DTYPES[name]
+        )
+        held = _choose_held_out(keys, held_out)
+        order = np.argsort(held, kind="stable")
+        _write_reordered(scratch, sizes, order, DTYPES[name])
+        starts = np.concatenate([[0], np.cumsum(sizes[order])]).astype(OFFSET)
+        (scratch / "documents.bin").write_bytes(starts.tobytes())
+        num_train = int((~held).sum())
+        header = Header(
+            format=FORMAT,
+            version=VERSION,
+            dtype=name,
+            vocab_size=tokenizer.vocab_size,
+            patch_size=patch_size,
+            num_tokens=int(starts[-1]),
+            num_train_tokens=int(starts[num_train]),
+            num_documents=len(sizes),
+            num_train_documents=num_train,
+            tokenizer=tokenizer.fingerprint,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
+        (scratch / "shards.json").write_text(
+            json.dumps(dataclasses.asdict(header), indent=1) + "\n"
+        )
+        # an old header never stands beside new tokens, whatever happens in between
+        (folder / "shards.json").unlink(missing_ok=True)
+        for file in ("tokens.bin", "documents.bin", "shards.json"):
+            os.replace(scratch / file, folder / file)
+    return TokenShards(folder)
+
+
+def _write_in_order(
+    documents: Iterable[str], tokenizer: Tokenizer, patch_size: int, path: Path, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """Writes the packed documents as they come.
+
+    returns: a hash of each document's text in [0, 1), and its size in tokens: two [D].
+    """
+    keys, sizes = [], []
+    with path.open("wb") as file:
+        for texts in _batches(documents):
+            tokens = tokenizer.encode_batch(texts)
+            lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+            flat = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, int(lengths.sum()))
+            if len(flat) and not 0 <= flat.min() <= flat.max() < tokenizer.vocab_size:
+                raise ValueError(
+                    f"tokenizer: expected ids in [0, {tokenizer.vocab_size}), got "
+                    f"{flat.min()} to {flat.max()}; its vocab_size is wrong"
+                )
+            packed, packed_sizes = host.pack_documents(
+                flat,
+                lengths,
+                eos_id=tokenizer.eos_id,
+                pad_id=tokenizer.pad_id,
+                patch_size=patch_size,
+                dtype=dtype,
+            )
+            packed.tofile(file)
+            sizes.append(packed_sizes)
+            keys += [_key(text) for text in texts]
+    if not keys:
+        raise ValueError("documents: expected at least one, got none; is the corpus empty?")
+    return np.array(keys), np.concatenate(sizes)
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    texts, size = [], 0
+    for text in documents:
+        texts.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def _key(text: str) -> float:
+    digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "little") * 2.0**-48
+
+
+def _choose_held_out(keys: np.ndarray, held_out: float) -> np.ndarray:
+    """Which documents are held out: [D] bool. Between one text and all but one, unless held_out is
+    0.
+    """
+    if held_out == 0:
+        return np.zeros(len(keys), bool)
+    distinct = np.unique(keys)
+    if len(distinct) < 2:
+        raise ValueError(
+            "held_out: the corpus is one document, none can be held out; give more or held_out=0"
+        )
+    return keys <= np.clip(held_out, distinct[0], distinct[-2])
+
+
+def _write_reordered(scratch: Path, sizes: np.ndarray, order: np.ndarray, dtype: np.dtype) -> None:
+    """Writes tokens.bin from all.bin, documents in the given order."""
+    tokens = np.memmap(scratch / "all.bin", dtype, "r")
+    ends = np.cumsum(sizes)
+    with (scratch / "tokens.bin").open("wb") as file:
+        for run in np.split(order, np.flatnonzero(np.diff(order) != 1) + 1):
+            tokens[ends[run[0]] - sizes[run[0]] : ends[run[-1]]].tofile(file)
+
+
+class TokenShards:
+    """The tokens of a shard folder; nothing is read before it is asked for."""
+
+    def __init__(self, folder: PathLike, tokenizer: Tokenizer | None = None) -> None:
+        """folder: written by write_shards.  tokenizer: if given, it must be the one that the tokens
+        were made with.
+
+        raises: ValueError for a folder without shards, foreign or truncated files, another
+            tokenizer.
+        """
+        self.folder = Path(folder)
+        self.header = header = _read_header(self.folder)
+        if tokenizer is not None and tokenizer.fingerprint != header.tokenizer:
+            raise ValueError(
+                f"tokenizer: {tokenizer.path} is not the one that {folder} was made with; "
+                f"use that one or run write_shards (calm-rt tokenize) again"
+            )
+        self.vocab_size, self.patch_size = header.vocab_size, header.patch_size
+        self.num_tokens = header.num_tokens
+        tokens = self._map("tokens.bin", DTYPES[header.dtype], header.num_tokens)
+        self._starts = self._map("documents.bin", OFFSET, header.num_documents + 1)
+        ends = self._starts[[header.num_train_documents, -1]].tolist()
+        if ends != [header.num_train_tokens, header.num_tokens]:
+            raise ValueError(f"folder: {folder}/documents.bin does not belong to shards.json")
+        self._train, self._held_out = np.split(tokens, [header.num_train_tokens])
+
+    @property
+    def train_tokens(self) -> np.ndarray:
+        """All training tokens, [N] in the file's type, memory-mapped."""
+        return self._train
+
+    def train_batch(
+        self,
+        step: int,
+        batch_size: int,
+        block_size: int,
+        seed: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """The blocks of a training step; a pure function of the arguments, so resuming needs the
+        step only.
+
+        Every epoch goes once through all blocks, in an order of its own. The global batch is the
+        same for any world_size; each rank gets its share of the rows. Accumulated micro-batches are
+        shares too: with A of them a rank takes rank = its rank x A + number, world_size = ranks x
+        A.
+        batch_size: rows of the global batch, a multiple of world_size.
+        block_size: tokens of a row, a multiple of patch_size.
+        returns: ids [batch_size / world_size, block_size] int64, and the row ids of their patches
+            for random ops, step x patches of the global batch + patch: [batch_size / world_size,
+            block_size / patch_size] int64.
+        raises: ValueError for sizes that do not fit, and for a corpus shorter than one block.
+        """
+        num_blocks = self._num_blocks(self._train, "training", block_size)
+        if step < 0:
+            raise ValueError(f"step: expected at least 0, got {step}")
+        if batch_size < 1 or not 0 <= rank < world_size or batch_size % world_size:
+            raise ValueError(
+                f"batch_size: expected a positive multiple of world_size with rank below it, got "
+                f"batch_size {batch_size}, world_size {world_size}, rank {rank}"
+            )
+        share = batch_size // world_size
+        first = step * batch_size + rank * share
+        epochs, blocks = np.divmod(np.arange(first, first + share), num_blocks)
+        blocks = shuffled(blocks, num_blocks, epochs, seed)
+        ids = self._read(self._train, blocks, block_size)
+        num_patches = block_size // self.patch_size
+        rows = torch.arange(first * num_patches, (first + share) * num_patches)
+        return ids, rows.view(share, num_patches)
+
+    def held_out_batches(
+        self, batch_size: int, block_size: int, limit: int | None = None
+    ) -> Iterator[Tensor]:
+        """The held-out blocks in order.
+
+        limit: the most batches; None for all.
+        returns: iterator over ids [batch_size or, at the end, fewer, block_size] int64.
+        raises: ValueError for sizes that do not fit, and for held-out text shorter than one block.
+        """
+        num_blocks = self._num_blocks(self._held_out, "held-out", block_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        starts = range(0, num_blocks, batch_size)[:limit]
+        blocks = (np.arange(start, min(start + batch_size, num_blocks)) for start in starts)
+        return (self._read(self._held_out, b, block_size) for b in blocks)
+
+    def held_out_documents(self, limit: int | None = None) -> list[Tensor]:
+        """The held-out documents, each [tokens] int64 with its EOS and PAD, whole patches.
+
+        limit: the most documents; None for all.
+        """
+        starts = self._starts[self.header.num_train_documents :] - self.header.num_train_tokens
+        pairs = itertools.islice(itertools.pairwise(starts.tolist()), limit)
+        return [self._tensor(self._held_out[start:end]) for start, end in pairs]
+
+    def _num_blocks(self, tokens: np.ndarray, kind: str, block_size: int) -> int:
+        if block_size < 1 or block_size % self.patch_size:
+            raise ValueError(
+                f"block_size: expected a multiple of patch_size {self.patch_size}, got {block_size}"
+            )
+        if len(tokens) < block_size:
+            raise ValueError(
+                f"block_size: expected at most the {len(tokens)} {kind} tokens of {self.folder}, "
+                f"got {block_size}; lower it or give more text"
+            )
+        return len(tokens) // block_size
+
+    def _read(self, tokens: np.ndarray, blocks: np.ndarray, block_size: int) -> Tensor:
+        return self._tensor(
+            np.stack([tokens[b * block_size : (b + 1) * block_size] for b in blocks])
+        )
+
+    def _tensor(self, tokens: np.ndarray) -> Tensor:
+        if tokens.max() >= self.vocab_size:
+            raise ValueError(
+                f"folder: {self.folder}/tokens.bin holds id {tokens.max()}, expected ids below "
+                f"vocab_size {self.vocab_size}; the file is damaged, write it again"
+            )
+        return torch.from_numpy(tokens.astype(np.int64))
+
+    def _map(self, name: str, dtype: np.dtype, size: int) -> np.ndarray:
+        path = self.folder / name
+        expected = size * dtype.itemsize
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected:
+            raise ValueError(
+                f"folder: {path} should hold {expected} bytes and "
+                f"{'is missing' if found is None else f'holds {found}'}; write the shards again"
+            )
+        return np.memmap(path, dtype, "r")
+
+
+def _read_header(folder: Path) -> Header:
+    path = folder / "shards.json"
+    if not path.is_file():
+        raise ValueError(
+            f"folder: {folder} holds no token shards (no shards.json); make them with write_shards "
+            f"or calm-rt tokenize"
+        )
+    try:
+        values = json.loads(path.read_bytes())
+        if values["format"] == FORMAT and values["version"] != VERSION:
+            raise ValueError(
+                f"folder: {path} has version {values['version']}, expected {VERSION}; write the "
+                f"shards again"
+            )
+        header = Header(**values)
+        sizes = dataclasses.asdict(header)
+        numbers = [value for name, value in sizes.items() if Header.__annotations__[name] is int]
+        valid = header.format == FORMAT and header.dtype in DTYPES
+        valid &= all(isinstance(number, int) and number >= 0 for number in numbers)
+        valid &= header.patch_size > 0 and 0 < header.num_tokens >= header.num_train_tokens
+        valid &= header.num_train_documents <= header.num_documents
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"folder: {path} is damaged or not a calm_rt header; write the shards again"
+        )
+    return header
+
+
+def shuffled(index: np.ndarray, size: int, epoch: np.ndarray, seed: int) -> np.ndarray:
+    """Where each index stands in a random order of 0 .. size - 1, one for every (seed, epoch).
+
+    A Feistel network of Philox words on the next power of two, walked until it falls below size:
+    about two walks.
+    index, epoch: [N] int64, index below size.
+    returns: [N] int64.
+    """
+    bits = max(2, int(size - 1).bit_length())
+    low = bits // 2
+    result = np.array(index, dtype=np.int64)
+    outside = np.arange(len(result))
+    while len(outside):
+        left, right = result[outside] >> low, result[outside] & ((1 << low) - 1)
+        for r in range(0, FEISTEL_ROUNDS, 2):
+            left = left ^ _round(r, right, epoch[outside], seed) & ((1 << (bits - low)) - 1)
+            right = right ^ _round(r + 1, left, epoch[outside], seed) & ((1 << low) - 1)
+        result[outside] = left << low | right
+        outside = outside[result[outside] >= size]
+    return result
+
+
+def _round(number: int, half: np.ndarray, epoch: np.ndarray, seed: int) -> np.ndarray:
+    """A Philox word of (round, epoch, half): [N] int64."""
+    counters = np.zeros((len(half), 4), np.uint32)
+    counters[:, 0] = number | Stream.ORDER << 24
+    counters[:, 1] = epoch & 0xFFFFFFFF
+    counters[:, 2] = half  # of a 63-bit number
+    return host.philox4x32(counters, seed)[:, 0].astype(np.int64)

@@ -1,0 +1,273 @@
+"""How good a model is on held-out text: BrierLM, reconstruction, dependence on the context.
+
+Every random number depends on (seed, document, patch) only, so no result depends on the batch size
+but through the rounding of matrix products.
+"""
+
+import copy
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calm_rt import ops
+from calm_rt.brier import (
+    ORDERS,
+    BrierLM,
+    Documents,
+    Interval,
+    Window,
+    agreement,
+    bigram_brier,
+    bootstrap,
+    brier_from_predictions,
+    interval,
+    pair_agreement,
+    summarise,
+    sums_by_owner,
+    unigram_brier,
+    windows_of,
+)
+from calm_rt.nn import Autoencoder, Calm, KVCache
+from calm_rt.ops.check import check
+from calm_rt.reference import Stream
+
+__all__ = [
+    "BrierLM",
+    "bigram_brier",
+    "brier_from_predictions",
+    "brier_lm",
+    "conditioning_gap",
+    "reconstruction_accuracy",
+    "unigram_brier",
+]
+
+ROWS_PER_CALL = 1024  # contexts drawn from and decoded at once
+CACHE_BYTES = 1 << 28  # of key-value cache copied at once when draws are continued
+
+
+@torch.inference_mode()
+def brier_lm(
+    model: Calm,
+    documents: Documents,
+    *,
+    num_draws: int = 8,
+    seed: int = 0,
+    batch_size: int = 8,
+    block_size: int | None = None,
+    max_patches: int | None = None,
+    num_bootstrap: int = 1000,
+) -> BrierLM:
+    """BrierLM of a model, teacher-forced, with a bootstrap interval over documents.
+
+    For K >= 4 the n-grams are the first tokens of a patch. For K < 4 they go over ceil(4 / K)
+    patches: the accuracy term is a product over teacher-forced patches, the collision term
+    continues one draw's path through the key-value cache and compares fresh draws on it.
+    documents: [tokens] ids each, whole patches with EOS and PAD as in token shards, or [D, tokens]
+        in one tensor; of TokenShards the held-out ones.
+    num_draws: S >= 2 of each patch; 2 gives the official estimator.
+    batch_size: windows in one forward pass.
+    block_size: tokens of a window; longer documents are cut and each window starts anew, so longer
+        ones score better. None for max_position_embeddings patches.
+    max_patches: at how many patches an n-gram starts at most, from the first document on; None for
+        all.
+    num_bootstrap: resamples of the documents.
+    raises: ValueError for settings and documents that do not fit, or without any n-gram to score.
+    source: paper section 4, official CALM.eval_brier (which uses one of the pairs).
+    """
+    check(num_draws >= 2, "num_draws", "at least 2", num_draws)
+    check(batch_size >= 1, "batch_size", "at least 1", batch_size)
+    patch_size = model.config.patch_size
+    if block_size is None:
+        block_size = model.config.max_position_embeddings * patch_size
+    windows = windows_of(documents, patch_size, block_size, max_patches)
+    windows.sort(key=lambda window: len(window.ids), reverse=True)  # little padding in a batch
+    terms = [
+        _window_terms(model, windows[first : first + batch_size], num_draws, seed)
+        for first in range(0, len(windows), batch_size)
+    ]
+    owners = np.repeat([w.document for w in windows], [w.num_starts for w in windows])
+    return summarise(torch.cat(terms).numpy(), owners, num_draws, num_bootstrap, seed)
+
+
+@torch.inference_mode()
+def reconstruction_accuracy(
+    autoencoder: Autoencoder,
+    batches: Iterable[Tensor] | Tensor,
+    *,
+    noise_std: float = 0.0,
+    seed: int = 0,
+) -> float:
+    """The share of tokens that come back from decode(mean + noise_std x normal noise).
+
+    batches: [B, P K] ids each, or one such tensor.  noise_std: 0.3 is about the posterior's own
+        after training.
+    raises: ValueError without any token.
+    """
+    batches = [batches] if isinstance(batches, Tensor) else batches
+    device, size = _device(autoencoder), autoencoder.config.patch_size
+    right, total, patches = 0, 0, 0
+    for ids in batches:
+        ids = ids.to(device)
+        mean, _ = autoencoder.encode(ids)  # [B, P, L]
+        latents = mean.flatten(0, 1)
+        if noise_std:
+            rows = torch.arange(patches, patches + len(latents), device=device)
+            noise = ops.noise(rows, 1, latents.shape[1], seed=seed, stream=Stream.PROBE)[0]
+            latents = latents + noise_std * noise.to(latents.dtype)
+        decoded = autoencoder.decode(latents)  # [B P, K]
+        right += int((decoded == ids.reshape(-1, size)).sum())
+        total, patches = total + ids.numel(), patches + len(latents)
+    check(total > 0, "batches", "at least one token", total)
+    return right / total
+
+
+@torch.inference_mode()
+def conditioning_gap(
+    model: Calm,
+    batches: Iterable[Tensor] | Tensor,
+    *,
+    seed: int = 0,
+    num_targets: int = 100,
+    num_bootstrap: int = 1000,
+) -> tuple[float, Interval]:
+    """Energy loss with shuffled hidden states minus matched: what the draws owe to their context.
+
+    0 for a model that ignores its context. Every hidden state goes to another patch of the whole
+    set; both losses use the same noise and targets.
+    batches: [B, P K] ids each, P >= 2, or one such tensor; a row is one unit of the bootstrap.
+    returns: the gap, and its 95 % interval (NaN for a single row).
+    raises: ValueError for fewer than two predicted patches.
+    """
+    batches = [batches] if isinstance(batches, Tensor) else batches
+    device, size = _device(model), model.config.patch_size
+    parts, num_rows = [], 0
+    for ids in batches:
+        ids = ids.to(device)
+        hidden = model.hidden_states(ids[:, :-size])  # [B, P - 1, H]
+        mean, log_std = model.ae_model.encode(ids[:, size:])  # [B, P - 1, L]
+        owner = torch.arange(num_rows, num_rows + len(ids), device=device)
+        rows = owner[:, None] << 32 | torch.arange(mean.shape[1], device=device)
+        parts.append([part.flatten(0, 1) for part in (hidden, mean, log_std, rows)])
+        num_rows += len(ids)
+    check(num_rows > 0, "batches", "at least one row", num_rows)
+    hidden, *posteriors, rows = (torch.cat(column) for column in zip(*parts, strict=True))
+    check(len(rows) >= 2, "batches", "at least two patches to predict", len(rows))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(device)
+    other = torch.empty_like(order)
+    other[order] = order.roll(1)  # one cycle through all patches: nobody keeps its own
+
+    def scores(contexts: Tensor) -> Tensor:
+        columns = [column.split(ROWS_PER_CALL) for column in (contexts, *posteriors, rows)]
+        return torch.cat([score(*part) for part in zip(*columns, strict=True)])
+
+    def score(contexts: Tensor, mean: Tensor, log_std: Tensor, rows: Tensor) -> Tensor:
+        draws = model.sample(contexts, model.config.num_samples, seed, rows)
+        options = {"num_targets": num_targets, "beta": model.config.beta}
+        return ops.energy_score(draws, mean, log_std, seed=seed, rows=rows, **options)
+
+    gaps = (scores(hidden) - scores(hidden[other])).double().cpu().numpy()[:, None]
+    sums, counts = sums_by_owner(gaps, (rows >> 32).cpu().numpy())
+    resampled = bootstrap(sums, counts, num_bootstrap, seed)
+    return float(sums.sum() / counts.sum()), interval(resampled[:, 0])
+
+
+def _window_terms(model: Calm, windows: list[Window], num_draws: int, seed: int) -> Tensor:
+    """Estimates of Brier-1..4 at every start of the windows: [N, 4] float64, on the CPU."""
+    patch_size, device = model.config.patch_size, _device(model)
+    ids = torch.nn.utils.rnn.pad_sequence([w.ids for w in windows], batch_first=True).to(device)
+    patches = ids.unflatten(1, (-1, patch_size))  # [B, P, K]
+    cache = None
+    if patch_size < ORDERS:
+        dtype = next(model.parameters()).dtype
+        cache = KVCache(model.config, len(windows), patches.shape[1], dtype, device)
+    hidden = model.hidden_states(ids, cache)  # [B, P, H]
+    lengths = torch.tensor([len(w.ids) // patch_size for w in windows], device=device)
+    document = torch.tensor([w.document << 32 | w.first for w in windows], device=device)
+    batch, place = _places(lengths - 1)
+    rows = document[batch] + place
+    draws = _draw(model, hidden[batch, place - 1], num_draws, seed, rows)  # [S, R, K]
+    if patch_size >= ORDERS:
+        target = patches[batch, place, :ORDERS]
+        return brier_from_predictions(draws[..., :ORDERS], target).cpu()
+
+    right = torch.zeros(patches.shape, dtype=torch.float64, device=device)
+    right[batch, place] = agreement(draws, patches[batch, place])
+    starts = torch.tensor([w.num_starts for w in windows], device=device)
+    kept = place <= starts[batch]
+    batch, place, rows, draws = batch[kept], place[kept], rows[kept], draws[:, kept]
+    accuracy, whole = [], 1.0
+    for n in range(ORDERS):
+        step, k = divmod(n, patch_size)
+        accuracy.append(whole * right[batch, place + step, k])
+        if k == patch_size - 1:
+            whole = accuracy[-1]
+    per_row = cache.storage.numel() * cache.storage.element_size() // len(windows)
+    chunk = max(1, CACHE_BYTES // per_row)
+    parts = zip(
+        *(part.split(chunk) for part in (batch, place, rows)), draws.split(chunk, 1), strict=True
+    )
+    collision = torch.cat([_path_collisions(model, cache, seed, *part) for part in parts])
+    return (2 * torch.stack(accuracy, -1) - collision).cpu()
+
+
+def _path_collisions(
+    model: Calm,
+    cache: KVCache,
+    seed: int,
+    batch: Tensor,
+    place: Tensor,
+    rows: Tensor,
+    draws: Tensor,
+) -> Tensor:
+    """Estimates of sum_x P(x_1..n)^2 for n = 1..4 over several patches of K < 4 tokens.
+
+    The first draw of each patch is the path that is continued, as long as another draw agrees with
+    it: an estimate is the product of the shares of draws that agree with the path and of the
+    agreement of all pairs in the last patch.
+    cache: of the teacher-forced windows.  batch, place: [R], window and patch.
+    draws: [S, R, K] of that patch.
+    returns: [R, 4] float64.
+    """
+    collision = torch.zeros(len(batch), ORDERS, dtype=torch.float64, device=batch.device)
+    weight, alive = collision.new_ones(len(batch)), torch.arange(len(batch), device=batch.device)
+    branch = None
+    for n in range(0, ORDERS, model.config.patch_size):
+        width = min(model.config.patch_size, ORDERS - n)
+        collision[alive, n : n + width] = weight[:, None] * pair_agreement(draws)[:, :width]
+        weight = weight * (draws[1:] == draws[:1]).all(-1).double().mean(0)
+        kept = weight.nonzero().squeeze(1)
+        if n + width == ORDERS or not len(kept):
+            break
+        alive, weight, path = alive[kept], weight[kept], draws[0, kept]
+        if branch is None:
+            branch = copy.copy(cache)
+            branch.select(batch[alive])
+            branch.lengths = place[alive]
+        else:
+            branch.advance(torch.ones_like(branch.lengths))
+            branch.select(kept)
+        hidden = model.hidden_states(path, branch)[:, 0]
+        rows = rows[kept] + 1
+        draws = _draw(model, hidden, len(draws), seed, rows)
+    return collision
+
+
+def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(b, p) for p = 1 .. counts[b] of every b, in order: two [N]."""
+    batch = torch.repeat_interleave(counts)
+    ends = counts.cumsum(0)
+    return batch, torch.arange(len(batch), device=counts.device) - (ends - counts)[batch] + 1
+
+
+def _draw(model: Calm, hidden: Tensor, num_draws: int, seed: int, rows: Tensor) -> Tensor:
+    """Decoded draws of the next patch: [S, R, K]."""
+    parts = zip(hidden.split(ROWS_PER_CALL), rows.split(ROWS_PER_CALL), strict=True)
+    return torch.cat(
+        [model.ae_model.decode(model.sample(h, num_draws, seed, r)) for h, r in parts], 1
+    )
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,114 @@
+// The state of a launch: the threads of the block that runs, what they wait for, and its shared memory.
+#pragma once
+#include <array>
+#include <string>
+
+#include "simulator/fiber.h"
+#include "simulator/simulator.h"
+
+namespace calm_rt::simulator {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kLanes = 32;
+constexpr int kMaxWarps = kMaxThreads / kLanes;
+constexpr int kMaxMeetings = 64;  // of a warp: up to 32 that gather (their masks are disjoint), 32 being left
+constexpr int kMaxSharedArrays = 64;
+constexpr size_t kSharedLimit = 48 << 10;  // of static shared memory on every device
+constexpr size_t kRedzone = 64;
+constexpr size_t kArenaSize = kSharedLimit + (kMaxSharedArrays + 1) * 2 * kRedzone;
+constexpr unsigned char kPoison = 0xFF;  // four or eight of them are a NaN
+
+enum class State { kReady, kAtBarrier, kInWarp, kDone };
+
+struct Thread {
+  Fiber fiber;
+  dim3 index;
+  State state;
+  Site site;  // where it waits
+};
+
+// Lanes of one mask that meet in one collective. It stays until all of them have taken their result.
+struct Meeting {
+  Collective kind;
+  uint32_t mask, arrived, left;
+  Site site;
+  std::array<uint64_t, kLanes> value, result;
+  std::array<int, kLanes> source;
+  char edge;  // its address stands for the memory ordering of a __syncwarp
+};
+
+struct Warp {
+  uint32_t lanes, exited;
+  uint64_t used;  // bit per meeting
+  std::array<Meeting, kMaxMeetings> meetings;
+};
+
+struct Barrier {
+  int arrived;
+  Site site;
+  // Two in turn: a thread that runs ahead to the next barrier must not hand its writes to those still leaving this one.
+  std::array<char, 2> edge;
+  int turn;
+};
+
+struct SharedArray {
+  const void* key;
+  size_t begin, size;
+  Site site;
+};
+
+struct Failure {
+  const char* what = nullptr;
+  Site site = {}, other = {};
+  bool has_other = false;
+  dim3 thread = {}, block = {};
+};
+
+// One block runs at a time; its fibers call the engine, which puts them to sleep, picks the next and checks.
+class Engine {
+ public:
+  uint32_t schedule = 0;
+
+  void run(const char* kernel, dim3 grid, dim3 block, void (*body)(const void*), const void* context);
+  void* shared_array(const void* key, size_t size, Site site);
+  uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int source, Site site);
+  void block_barrier(Site site);
+  void check_aligned(const void* p, size_t alignment, Site site);
+  int lane() const { return current_ % kLanes; }
+
+ private:
+  static void entry();
+  void run_block(unsigned index);
+  void start_threads();
+  void check_redzones();
+  void make_ready(int thread);
+  void run_next();
+  void switch_to(int thread);
+  void finish_barrier();
+  void finish_meeting(Warp& warp, Meeting& meeting);
+  void exit_thread();
+  [[noreturn]] void fail(const char* what, Site site, const Site* other = nullptr);
+  [[noreturn]] void fail_deadlock();
+  std::string message(const char* kernel) const;
+  uint32_t random(uint32_t count);
+
+  std::array<Thread, kMaxThreads> threads_;
+  std::array<Warp, kMaxWarps> warps_;
+  std::array<int, kMaxThreads> queue_;  // ring of threads that can run
+  int queue_head_ = 0, queue_size_ = 0;
+  int count_ = 0, live_ = 0;  // threads of the block, those that have not exited
+  int current_ = -1;          // -1 on the main stack
+  Barrier barrier_;
+  std::array<SharedArray, kMaxSharedArrays> shared_;
+  int num_shared_ = 0;
+  size_t shared_bytes_ = 0, arena_used_ = 0;
+  alignas(128) std::array<unsigned char, kArenaSize> arena_;
+  Fiber main_;
+  void (*body_)(const void*) = nullptr;
+  const void* context_ = nullptr;
+  uint32_t random_ = 0;
+  Failure failure_;
+  char start_edge_ = 0, end_edge_ = 0;
+};
+
+}  // namespace calm_rt::simulator
