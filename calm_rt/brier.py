@@ -2,7 +2,10 @@
 
 Brier-n of a model P at tokens y_1..n is 2 P(y_1..n) - sum_x P(x_1..n)^2, and BrierLM is
 100 (Brier-1 Brier-2 Brier-3 Brier-4)^(1/4) (paper equations 12 to 15). n-grams start at patch
-boundaries: at the first token of every patch but the first of a window.
+boundaries: at the first token of every patch but the first of a window. So the BOS tokens at the
+head of a document in token shards are context and never scored, easy as they are: they reach no
+further than its first patch. Where they fill it, the next patch is scored as the text's beginning,
+what generation draws for an empty prompt.
 """
 
 from collections.abc import Sequence
@@ -58,7 +61,7 @@ def unigram_brier(
 ) -> BrierLM:
     """BrierLM of a sampler that draws every token by its frequency in the training tokens; exact.
 
-    train_tokens: [N] ids, such as TokenShards.train_tokens.
+    train_tokens: [N] ids, TokenShards.train_tokens for one: without the BOS that no n-gram holds.
     The other arguments: as in brier_lm, for the same n-grams; block_size None for whole documents.
     """
     windows = windows_of(documents, patch_size, block_size, max_patches)
@@ -66,8 +69,7 @@ def unigram_brier(
     unigram = _frequencies(train_tokens, grams)
     accuracy = unigram[grams].cumprod(-1)
     collision = (unigram**2).sum() ** np.arange(1, ORDERS + 1)
-    owners = np.repeat([w.document for w in windows], [w.num_starts for w in windows])
-    return summarise(2 * accuracy - collision, owners, None, num_bootstrap, seed)
+    return summarise(2 * accuracy - collision, windows, None, num_bootstrap, seed)
 
 
 def bigram_brier(
@@ -107,12 +109,13 @@ def bigram_brier(
         after_seen = np.bincount(first, probability**2 * collision[second], size)
         collision = np.where(seen, after_seen, (unigram**2 * collision).sum())
         collisions.append(collision[previous])
-    owners = np.repeat([w.document for w in windows], [w.num_starts for w in windows])
     terms = 2 * accuracy - np.stack(collisions, -1)
-    return summarise(terms, owners, None, num_bootstrap, seed)
+    return summarise(terms, windows, None, num_bootstrap, seed)
 
 
 class Window(NamedTuple):
+    """A piece of a document that is read at once."""
+
     document: int  # its index
     first: int  # index in the document of the window's first patch
     ids: Tensor  # [P K]
@@ -122,6 +125,10 @@ class Window(NamedTuple):
 def windows_of(
     documents: Documents, patch_size: int, block_size: int | None, max_patches: int | None
 ) -> list[Window]:
+    """The documents in windows of block_size tokens at most, those that hold an n-gram to score.
+
+    raises: ValueError for documents and sizes that do not fit, and without any n-gram.
+    """
     if isinstance(documents, TokenShards):
         expected = f"shards for patch_size {patch_size}"
         check(documents.patch_size == patch_size, "documents", expected, documents.patch_size)
@@ -178,9 +185,14 @@ def pair_agreement(draws: Tensor) -> Tensor:
 
 
 def summarise(
-    terms: np.ndarray, owners: np.ndarray, num_draws: int | None, num_bootstrap: int, seed: int
+    terms: np.ndarray,
+    windows: list[Window],
+    num_draws: int | None,
+    num_bootstrap: int,
+    seed: int,
 ) -> BrierLM:
-    """The scores and intervals of terms [N, 4] that belong to owners [N]."""
+    """The scores and intervals of terms [N, 4], those of each window's starts in order."""
+    owners = np.repeat([w.document for w in windows], [w.num_starts for w in windows])
     sums, counts = sums_by_owner(terms, owners)
     brier = sums.sum(0) / counts.sum()
     resampled = bootstrap(sums, counts, num_bootstrap, seed)

@@ -2,8 +2,13 @@
 
 A shard folder holds
     shards.json     the header: version, element type, sizes, tokenizer fingerprint
-    tokens.bin      training documents, then held-out ones: tokens, EOS, PAD to whole patches
+    tokens.bin      training documents, then held-out ones: BOS, text, EOS, PAD to whole patches
     documents.bin   int64 [D + 1], where in tokens.bin each document starts
+
+Generation fills a prompt at the left with BOS until its last patch is whole, and an empty prompt is
+one whole patch of BOS. So that a model has seen each of these alignments, document number d (from
+0, over training and held-out documents as they came) begins with d % (K + 1) BOS tokens, 0 to K.
+A tokenizer without BOS gives EOS for it, as in generation.
 """
 
 import dataclasses
@@ -14,6 +19,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +28,8 @@ from torch import Tensor
 from calm_rt import host
 from calm_rt.atomic import scratch_folder
 from calm_rt.documents import PathLike, default_corpus, read_documents
-from calm_rt.reference import Stream
+from calm_rt.ops.check import check
+from calm_rt.shuffle import shuffled
 from calm_rt.tokenizer import TextStream, Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -36,11 +43,10 @@ __all__ = [
     "write_shards",
 ]
 
-FORMAT, VERSION = "calm_rt token shards", 1
+FORMAT, VERSION = "calm_rt token shards", 2
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 OFFSET = np.dtype("<i8")
 BATCH_CHARACTERS = 1 << 22  # of text that is encoded at once
-FEISTEL_ROUNDS = 6  # four are pseudo-random for large domains; small ones gain from more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,7 @@ class Header:
     num_documents: int
     num_train_documents: int
     tokenizer: str  # fingerprint
+    start_id: int  # BOS, or EOS where the tokenizer has none
     eos_id: int
     pad_id: int
 
@@ -78,16 +85,18 @@ def write_shards(
         folder that cannot be written. OSError, such as a full disk, as it comes; nothing unfinished
         stays behind.
     """
-    if patch_size < 1:
-        raise ValueError(f"patch_size: expected at least 1, got {patch_size}")
-    if not 0 <= held_out < 1:
-        raise ValueError(f"held_out: expected a share in [0, 1), got {held_out}")
+    check(patch_size >= 1, "patch_size", "at least 1", patch_size)
+    check(0 <= held_out < 1, "held_out", "a share in [0, 1)", held_out)
     folder = Path(folder)
     name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    special = {
+        "start_id": tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+    }
+    layout = {**special, "patch_size": patch_size, "dtype": DTYPES[name]}
     with scratch_folder(folder) as scratch:
-        keys, sizes = _write_in_order(
-            documents, tokenizer, patch_size, scratch / "all.bin", DTYPES[name]
-        )
+        keys, sizes = _write_in_order(documents, tokenizer, scratch / "all.bin", layout)
         held = _choose_held_out(keys, held_out)
         order = np.argsort(held, kind="stable")
         _write_reordered(scratch, sizes, order, DTYPES[name])
@@ -105,8 +114,7 @@ def write_shards(
             num_documents=len(sizes),
             num_train_documents=num_train,
             tokenizer=tokenizer.fingerprint,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
+            **special,
         )
         (scratch / "shards.json").write_text(
             json.dumps(dataclasses.asdict(header), indent=1) + "\n"
@@ -119,10 +127,11 @@ def write_shards(
 
 
 def _write_in_order(
-    documents: Iterable[str], tokenizer: Tokenizer, patch_size: int, path: Path, dtype: np.dtype
+    documents: Iterable[str], tokenizer: Tokenizer, path: Path, layout: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Writes the packed documents as they come.
 
+    layout: keyword arguments of host.pack_documents.
     returns: a hash of each document's text in [0, 1), and its size in tokens: two [D].
     """
     keys, sizes = [], []
@@ -136,14 +145,8 @@ def _write_in_order(
                     f"tokenizer: expected ids in [0, {tokenizer.vocab_size}), got "
                     f"{flat.min()} to {flat.max()}; its vocab_size is wrong"
                 )
-            packed, packed_sizes = host.pack_documents(
-                flat,
-                lengths,
-                eos_id=tokenizer.eos_id,
-                pad_id=tokenizer.pad_id,
-                patch_size=patch_size,
-                dtype=dtype,
-            )
+            heads = np.arange(len(keys), len(keys) + len(texts)) % (layout["patch_size"] + 1)
+            packed, packed_sizes = host.pack_documents(flat, lengths, heads, **layout)
             packed.tofile(file)
             sizes.append(packed_sizes)
             keys += [_key(text) for text in texts]
@@ -220,8 +223,14 @@ class TokenShards:
 
     @property
     def train_tokens(self) -> np.ndarray:
-        """All training tokens, [N] in the file's type, memory-mapped."""
-        return self._train
+        """A copy of the training tokens without the BOS in front of documents: [N].
+
+        For token frequencies: that BOS is never among the n-grams of calm_rt.brier.
+        """
+        starts = self._starts[: self.header.num_train_documents, None]
+        places = starts + np.arange(self.patch_size)  # [D, K], BOS goes no further
+        heads = np.logical_and.accumulate(self._train[places] == self.header.start_id, 1)
+        return np.delete(self._train, places[heads])
 
     def train_batch(
         self,
@@ -248,13 +257,13 @@ class TokenShards:
         raises: ValueError for sizes that do not fit, and for a corpus shorter than one block.
         """
         num_blocks = self._num_blocks(self._train, "training", block_size)
-        if step < 0:
-            raise ValueError(f"step: expected at least 0, got {step}")
-        if batch_size < 1 or not 0 <= rank < world_size or batch_size % world_size:
-            raise ValueError(
-                f"batch_size: expected a positive multiple of world_size with rank below it, got "
-                f"batch_size {batch_size}, world_size {world_size}, rank {rank}"
-            )
+        check(step >= 0, "step", "at least 0", step)
+        check(
+            batch_size >= 1 and 0 <= rank < world_size and batch_size % world_size == 0,
+            "batch_size",
+            "a positive multiple of world_size with rank below it",
+            f"batch_size {batch_size}, world_size {world_size}, rank {rank}",
+        )
         share = batch_size // world_size
         first = step * batch_size + rank * share
         epochs, blocks = np.divmod(np.arange(first, first + share), num_blocks)
@@ -274,14 +283,13 @@ class TokenShards:
         raises: ValueError for sizes that do not fit, and for held-out text shorter than one block.
         """
         num_blocks = self._num_blocks(self._held_out, "held-out", block_size)
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        check(batch_size >= 1, "batch_size", "at least 1", batch_size)
         starts = range(0, num_blocks, batch_size)[:limit]
         blocks = (np.arange(start, min(start + batch_size, num_blocks)) for start in starts)
         return (self._read(self._held_out, b, block_size) for b in blocks)
 
     def held_out_documents(self, limit: int | None = None) -> list[Tensor]:
-        """The held-out documents, each [tokens] int64 with its EOS and PAD, whole patches.
+        """The held-out documents, each [tokens] int64 with its BOS, EOS and PAD, whole patches.
 
         limit: the most documents; None for all.
         """
@@ -290,10 +298,8 @@ class TokenShards:
         return [self._tensor(self._held_out[start:end]) for start, end in pairs]
 
     def _num_blocks(self, tokens: np.ndarray, kind: str, block_size: int) -> int:
-        if block_size < 1 or block_size % self.patch_size:
-            raise ValueError(
-                f"block_size: expected a multiple of patch_size {self.patch_size}, got {block_size}"
-            )
+        whole = block_size > 0 and block_size % self.patch_size == 0
+        check(whole, "block_size", f"a multiple of patch_size {self.patch_size}", block_size)
         if len(tokens) < block_size:
             raise ValueError(
                 f"block_size: expected at most the {len(tokens)} {kind} tokens of {self.folder}, "
@@ -354,34 +360,3 @@ def _read_header(folder: Path) -> Header:
             f"folder: {path} is damaged or not a calm_rt header; write the shards again"
         )
     return header
-
-
-def shuffled(index: np.ndarray, size: int, epoch: np.ndarray, seed: int) -> np.ndarray:
-    """Where each index stands in a random order of 0 .. size - 1, one for every (seed, epoch).
-
-    A Feistel network of Philox words on the next power of two, walked until it falls below size:
-    about two walks.
-    index, epoch: [N] int64, index below size.
-    returns: [N] int64.
-    """
-    bits = max(2, int(size - 1).bit_length())
-    low = bits // 2
-    result = np.array(index, dtype=np.int64)
-    outside = np.arange(len(result))
-    while len(outside):
-        left, right = result[outside] >> low, result[outside] & ((1 << low) - 1)
-        for r in range(0, FEISTEL_ROUNDS, 2):
-            left = left ^ _round(r, right, epoch[outside], seed) & ((1 << (bits - low)) - 1)
-            right = right ^ _round(r + 1, left, epoch[outside], seed) & ((1 << low) - 1)
-        result[outside] = left << low | right
-        outside = outside[result[outside] >= size]
-    return result
-
-
-def _round(number: int, half: np.ndarray, epoch: np.ndarray, seed: int) -> np.ndarray:
-    """A Philox word of (round, epoch, half): [N] int64."""
-    counters = np.zeros((len(half), 4), np.uint32)
-    counters[:, 0] = number | Stream.ORDER << 24
-    counters[:, 1] = epoch & 0xFFFFFFFF
-    counters[:, 2] = half  # of a 63-bit number
-    return host.philox4x32(counters, seed)[:, 0].astype(np.int64)

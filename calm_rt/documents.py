@@ -7,13 +7,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from calm_rt.ops.check import check
+
 PathLike = str | os.PathLike[str]
 JSON_LINES = {".jsonl", ".ndjson"}
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def default_corpus() -> list[Path]:
-    """The source files of the running interpreter's standard library without its tests: 12 MB."""
+    """The source files of the running interpreter's standard library without its tests.
+
+    About 12 MB.
+    """
     library = Path(sysconfig.get_path("stdlib"))
     names = (path for path in _files(library) if path.suffix == ".py")
     kept = (path for path in names if SKIPPED_FOLDERS.isdisjoint(path.relative_to(library).parts))
@@ -43,8 +48,7 @@ def read_documents(
     for path in paths:
         if not path.exists():
             raise ValueError(f"corpus: {path} does not exist; name a text file, folder or .jsonl")
-    if max_characters < 1:
-        raise ValueError(f"max_characters: expected at least 1, got {max_characters}")
+    check(max_characters >= 1, "max_characters", "at least 1", max_characters)
     return _documents(paths, suffixes, max_characters)
 
 
@@ -68,15 +72,13 @@ def _documents(
             for text in texts:
                 empty = False
                 yield text
-    found = f" ({len(skipped)} files are not utf-8 text)" if skipped else ""
     if empty:
+        found = f" ({len(skipped)} files are not utf-8 text)" if skipped else ""
         where = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
         raise ValueError(f"corpus: no text in {where}{found}; give utf-8 text or .jsonl files")
     if skipped:
-        message = (
-            f"corpus: skipped {len(skipped)} files that are not utf-8 text, the first {skipped[0]}"
-        )
-        warnings.warn(message, stacklevel=2)
+        files = f"{len(skipped)} files that are not utf-8 text, the first {skipped[0]}"
+        warnings.warn(f"corpus: skipped {files}", stacklevel=2)
 
 
 def _expand(path: Path, suffixes: Sequence[str] | None) -> Iterator[tuple[Path, bool]]:

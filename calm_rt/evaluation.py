@@ -7,7 +7,6 @@ but through the rounding of matrix products.
 import copy
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,8 +63,8 @@ def brier_lm(
     For K >= 4 the n-grams are the first tokens of a patch. For K < 4 they go over ceil(4 / K)
     patches: the accuracy term is a product over teacher-forced patches, the collision term
     continues one draw's path through the key-value cache and compares fresh draws on it.
-    documents: [tokens] ids each, whole patches with EOS and PAD as in token shards, or [D, tokens]
-        in one tensor; of TokenShards the held-out ones.
+    documents: [tokens] ids each, whole patches with BOS, EOS and PAD as in token shards, or
+        [D, tokens] in one tensor; of TokenShards the held-out ones.
     num_draws: S >= 2 of each patch; 2 gives the official estimator.
     batch_size: windows in one forward pass.
     block_size: tokens of a window; longer documents are cut and each window starts anew, so longer
@@ -87,8 +86,7 @@ def brier_lm(
         _window_terms(model, windows[first : first + batch_size], num_draws, seed)
         for first in range(0, len(windows), batch_size)
     ]
-    owners = np.repeat([w.document for w in windows], [w.num_starts for w in windows])
-    return summarise(torch.cat(terms).numpy(), owners, num_draws, num_bootstrap, seed)
+    return summarise(torch.cat(terms).numpy(), windows, num_draws, num_bootstrap, seed)
 
 
 @torch.inference_mode()
@@ -101,6 +99,7 @@ def reconstruction_accuracy(
 ) -> float:
     """The share of tokens that come back from decode(mean + noise_std x normal noise).
 
+    BOS, EOS and PAD count too: generation decodes them from latents as well.
     batches: [B, P K] ids each, or one such tensor.  noise_std: 0.3 is about the posterior's own
         after training.
     raises: ValueError without any token.

@@ -13,7 +13,8 @@ try:
 except ModuleNotFoundError:  # without a compiler the package works all the same
     _host = None
 except ImportError as error:
-    warnings.warn(f"calm_rt: calm_rt._host does not load ({error}); reinstall calm_rt", stacklevel=2)
+    message = f"calm_rt: calm_rt._host does not load ({error}); reinstall calm_rt. Using numpy."
+    warnings.warn(message, stacklevel=2)
     _host = None
 
 

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 from calm_rt.atomic import scratch_folder
 from calm_rt.documents import PathLike, read_documents
+from calm_rt.ops.check import check
 
 SAMPLE_CHARACTERS = 10_000_000  # of text that a vocabulary is learnt from: 1 s at 1024 tokens
-CHUNK_CHARACTERS = (
-    1500  # of text in one training sentence of sentencepiece, ended by the next line end
-)
+CHUNK_CHARACTERS = 1500  # of text in a training sentence of sentencepiece, up to the line end
+SPACE = "\u2581"  # how sentencepiece spells a space
 MIN_VOCAB_SIZE = 264  # 256 bytes, 4 special tokens and room for some characters
 NAMES = {  # of special tokens where no file says them
     "bos": ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>"),
@@ -72,11 +72,8 @@ def train_tokenizer(
     path: the file to write if it ends in ".model", else the folder to write tokenizer.model into.
     raises: ValueError for a corpus without text and a vocabulary that it cannot give.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size: expected at least {MIN_VOCAB_SIZE} (256 bytes, 4 special tokens and some "
-            f"characters), got {vocab_size}"
-        )
+    expected = f"at least {MIN_VOCAB_SIZE} (256 bytes, 4 special tokens and some characters)"
+    check(vocab_size >= MIN_VOCAB_SIZE, "vocab_size", expected, vocab_size)
     path = Path(path)
     path = path if path.suffix == ".model" else path / "tokenizer.model"
     chunks = _sample_chunks(read_documents(corpus))
@@ -131,18 +128,16 @@ class SentencePieceTokenizer:
         if self._processor.eos_id() < 0:
             raise ValueError(f"tokenizer: {path} has no EOS token; train it with eos_id >= 0")
         self.vocab_size = self._processor.get_piece_size()
-        self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
+        bos_id, pad_id = self._processor.bos_id(), self._processor.pad_id()
+        self.bos_id = bos_id if bos_id >= 0 else None
         self.eos_id = self._processor.eos_id()
-        self.pad_id = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
+        self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self._bytes = [self._piece_bytes(token) for token in range(self.vocab_size)]
-        # sentencepiece spells a space as U+2581: a real U+2581 goes in as bytes, or it would come
-        # out as a space
-        escape = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
+        # the character SPACE itself goes in as bytes, or it would come out as a space
+        escape = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._escape = escape if all(map(self._processor.is_byte, escape)) else None
-        first = self._processor.encode("a", out_type=str)[0]
-        self._adds_space = first.startswith(
-            "\u2581"
-        )  # in front of every text; decoding takes it away
+        # some models add a space in front of every text; decoding takes it away
+        self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without BOS and EOS."""
@@ -153,12 +148,12 @@ class SentencePieceTokenizer:
         ids = self._processor.encode(list(texts), num_threads=2)
         if self._escape:
             for index, text in enumerate(texts):
-                if "\u2581" in text:
+                if SPACE in text:
                     ids[index] = self._encode_escaped(text)
         return ids
 
     def _encode_escaped(self, text: str) -> list[int]:
-        first, *rest = self._processor.encode(text.split("\u2581"))
+        first, *rest = self._processor.encode(text.split(SPACE))
         return first + [token for part in rest for token in [*self._escape, *part]]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -176,11 +171,9 @@ class SentencePieceTokenizer:
             return bytes([int(piece[3:5], 16)])
         if self._processor.is_control(token):
             return b""
-        return (
-            "\ufffd".encode()
-            if self._processor.is_unknown(token)
-            else piece.replace("\u2581", " ").encode()
-        )
+        if self._processor.is_unknown(token):
+            return "\ufffd".encode()
+        return piece.replace(SPACE, " ").encode()
 
 
 class ByteStream:
@@ -193,8 +186,7 @@ class ByteStream:
 
     def step(self, token: int) -> str:
         """The whole characters that this token completes."""
-        if not 0 <= token < len(self._token_bytes):
-            raise ValueError(f"token: expected an id in [0, {len(self._token_bytes)}), got {token}")
+        _check_ids([token], len(self._token_bytes))
         text = self._decoder.decode(self._token_bytes[token])
         if self._skip_space and text:
             self._skip_space = False
@@ -252,20 +244,14 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens."""
-        return self._tokenizer.decode(self._checked(ids), skip_special_tokens=True)
+        ids = list(ids)
+        _check_ids(ids, self.vocab_size)
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def stream(self) -> "HuggingFaceStream":
         """A decoder that takes one token at a time."""
-        return HuggingFaceStream(
-            self, self._tokenizer, self._decode_stream(skip_special_tokens=True)
-        )
-
-    def _checked(self, ids: Iterable[int]) -> list[int]:
-        ids = list(ids)
-        wrong = next((token for token in ids if not 0 <= token < self.vocab_size), None)
-        if wrong is not None:
-            raise ValueError(f"token: expected an id in [0, {self.vocab_size}), got {wrong}")
-        return ids
+        decoder = self._decode_stream(skip_special_tokens=True)
+        return HuggingFaceStream(self, self._tokenizer, decoder)
 
     def _special_id(self, kind: str) -> int | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -287,7 +273,8 @@ class HuggingFaceStream:
 
     def step(self, token: int) -> str:
         """The whole characters that this token completes."""
-        self._ids += self._owner._checked([token])
+        _check_ids([token], self._owner.vocab_size)
+        self._ids.append(token)
         text = self._stream.step(self._tokenizer, token) or ""
         self._sent += len(text)
         return text
@@ -336,7 +323,7 @@ def _train_sentencepiece(chunks: list[str], vocab_size: int) -> bytes:
             vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=1.0,
-            required_chars="\u2581",  # how sentencepiece spells a space
+            required_chars=SPACE,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -368,6 +355,11 @@ def _rare_characters(counts: Counter, room: int) -> list[str]:
     covered = list(itertools.accumulate(count for _, count in ordered))
     enough = bisect.bisect_left(covered, 0.9995 * covered[-1]) + 1
     return [character for character, _ in ordered[min(enough, room) :]]
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    check(wrong is None, "token", f"an id in [0, {vocab_size})", wrong)
 
 
 def _is_tiktoken(path: Path) -> bool:

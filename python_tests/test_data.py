@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from calm_rt import data, host
 from calm_rt.data import TokenShards, default_corpus, read_documents, write_shards
+from calm_rt.shuffle import shuffled
 
 PATCH = 4
 BLOCK = 16
@@ -117,9 +118,8 @@ def test_missing_path_is_noticed_before_anything_is_read(tmp_path):
 
 def test_default_corpus_is_there_on_every_machine():
     corpus = default_corpus()
-    assert corpus == sorted(set(corpus), key=corpus.index) and all(
-        f.suffix == ".py" for f in corpus
-    )
+    assert len(corpus) == len(set(corpus))
+    assert all(path.suffix == ".py" for path in corpus)
     assert 5e6 < sum(path.stat().st_size for path in corpus) < 4e7
     assert not any("site-packages" in path.parts for path in corpus)
     names = {path.name for path in corpus}
@@ -129,23 +129,45 @@ def test_default_corpus_is_there_on_every_machine():
 # ---- shards ----
 
 
-def test_shards_hold_every_document_once(shards):
-    blocks = [
-        shards.train_tokens[None].astype(int),
-        *[d[None].numpy() for d in shards.held_out_documents()],
-    ]
-    stream = np.concatenate([block[0] for block in blocks])
-    assert len(stream) == shards.num_tokens
-    patches = stream.reshape(-1, PATCH)
-    documents, start = [], 0
-    for i, patch in enumerate(patches):
-        if 1 in patch:
-            end = patch.tolist().index(1)
-            assert (patch[end + 1 :] == 2).all()  # only PAD behind EOS
-            documents.append(text_of(patches[start : i + 1].ravel()))
-            start = i + 1
-    assert start == len(patches)
-    assert sorted(documents) == sorted(texts())
+def documents_of(shards):
+    """All documents of the file, training ones first."""
+    starts = np.fromfile(shards.folder / "documents.bin", np.int64)
+    return np.split(stored(shards), starts[1:-1])
+
+
+def stored(shards):
+    return np.fromfile(shards.folder / "tokens.bin", shards.header.dtype).astype(int)
+
+
+@pytest.mark.parametrize("patch_size", [1, 3, 4])
+def test_shards_hold_every_document_once_at_its_alignment(tmp_path, monkeypatch, patch_size):
+    """BOS (number % (K + 1) times), text, EOS and PAD to whole patches, however it is batched."""
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", 100)
+    shards = write_shards(texts(), Characters(), tmp_path, patch_size, held_out=0.2)
+    expected = []
+    for number, ids in enumerate(Characters().encode_batch(texts())):
+        ids = [0] * (number % (patch_size + 1)) + ids + [1]
+        expected.append(ids + [2] * (-len(ids) % patch_size))
+    documents = [ids.tolist() for ids in documents_of(shards)]
+    assert sorted(documents) == sorted(expected)
+    number = shards.header.num_train_documents
+    assert [ids.tolist() for ids in shards.held_out_documents()] == documents[number:]
+    order = [expected.index(ids) for ids in documents]
+    assert order == sorted(order[:number]) + sorted(order[number:])  # each part as it came
+
+
+@pytest.mark.parametrize("patch_size", [1, 4])
+def test_train_tokens_are_those_of_the_text(tmp_path, patch_size):
+    shards = write_shards(texts(), Characters(), tmp_path, patch_size, held_out=0.2)
+    tokens = stored(shards)[: shards.header.num_train_tokens]
+    assert shards.train_tokens.tolist() == tokens[tokens != 0].tolist()
+
+
+def test_eos_stands_for_a_missing_bos(tmp_path, monkeypatch):
+    monkeypatch.setattr(Characters, "bos_id", None)
+    shards = write_shards(["a", "b", "c"], Characters(), tmp_path, 2, held_out=0)
+    assert stored(shards).tolist() == [100, 1, 1, 101, 1, 2, 1, 1, 102, 1]
+    assert shards.train_tokens.tolist() == [100, 1, 101, 1, 2, 102, 1]
 
 
 def test_held_out_documents_are_a_share_and_stay_it(tmp_path, shards):
@@ -162,32 +184,28 @@ def test_held_out_documents_are_a_share_and_stay_it(tmp_path, shards):
     most = write_shards(["a", "b", "c"], Characters(), tmp_path / "few", PATCH, held_out=0.999999)
     assert len(most.held_out_documents()) == 2
     none = write_shards(["a"], Characters(), tmp_path / "none", PATCH, held_out=0)
-    assert none.held_out_documents() == [] and none.train_tokens.tolist() == [100, 1, 2, 2]
+    assert none.held_out_documents() == [] and stored(none).tolist() == [100, 1, 2, 2]
 
 
 def test_wide_vocabularies_use_wide_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(Characters, "vocab_size", 70000)
     shards = write_shards(["a", chr(66000)], Characters(), tmp_path, 1, held_out=0)
     assert shards.header.dtype == "uint32"
-    assert shards.train_tokens.tolist() == [100, 1, 66003, 1]
+    assert stored(shards).tolist() == [100, 1, 0, 66003, 1]
 
 
 def test_training_goes_through_every_block_once_an_epoch(shards):
-    blocks = shards.train_tokens[: len(shards.train_tokens) // BLOCK * BLOCK].reshape(-1, BLOCK)
-    number, size = len(blocks), 5
+    number, size = shards.header.num_train_tokens // BLOCK, 5
+    blocks = stored(shards)[: number * BLOCK].reshape(-1, BLOCK)
     steps = -(-2 * number // size)
     batches = [shards.train_batch(step, size, BLOCK, 7)[0] for step in range(steps)]
     assert all(ids.dtype == torch.int64 and ids.shape == (size, BLOCK) for ids in batches)
     seen = torch.cat(batches).tolist()
     first, second = seen[:number], seen[number : 2 * number]
-    assert sorted(first) == sorted(second) == sorted(blocks.astype(int).tolist())
+    assert sorted(first) == sorted(second) == sorted(blocks.tolist())
     assert first != second  # another order in the next epoch
-    assert (
-        first
-        != torch.cat([shards.train_batch(s, size, BLOCK, 8)[0] for s in range(steps)]).tolist()[
-            :number
-        ]
-    )
+    other = torch.cat([shards.train_batch(step, size, BLOCK, 8)[0] for step in range(steps)])
+    assert first != other.tolist()[:number]
 
 
 def test_a_batch_is_a_function_of_the_step(shards, monkeypatch):
@@ -202,9 +220,8 @@ def test_a_batch_is_a_function_of_the_step(shards, monkeypatch):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 def test_the_global_batch_does_not_depend_on_the_number_of_ranks(shards, world_size):
     ids, rows = shards.train_batch(9, 6, BLOCK, 1)
-    parts = [
-        shards.train_batch(9, 6, BLOCK, 1, rank=r, world_size=world_size) for r in range(world_size)
-    ]
+    ranks = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
+    parts = [shards.train_batch(9, 6, BLOCK, 1, **rank) for rank in ranks]
     assert torch.equal(torch.cat([part[0] for part in parts]), ids)
     assert torch.equal(torch.cat([part[1] for part in parts]), rows)
 
@@ -224,22 +241,22 @@ def test_held_out_batches(shards):
 
 @given(st.integers(1, 300), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40))
 def test_order_is_a_bijection(size, seed, epoch):
-    order = data.shuffled(np.arange(size), size, np.full(size, epoch), seed)
+    order = shuffled(np.arange(size), size, np.full(size, epoch), seed)
     assert sorted(order) == list(range(size))
 
 
 def test_order_is_a_known_one():
     """Resuming must find the same order after an update."""
-    order = data.shuffled(np.arange(10), 10, np.zeros(10, int), 1)
+    order = shuffled(np.arange(10), 10, np.zeros(10, int), 1)
     assert order.tolist() == KNOWN_ORDER
     big = 2**61 - 1
-    assert data.shuffled(np.array([5]), big, np.array([3]), 1).tolist() == KNOWN_LARGE
+    assert shuffled(np.array([5]), big, np.array([3]), 1).tolist() == KNOWN_LARGE
 
 
 def test_order_is_uniform():
     """Each of 5 blocks comes first in a fifth of 4,000 epochs: chi-square, 4 degrees of freedom."""
     number = 4000
-    first = data.shuffled(np.zeros(number, int), 5, np.arange(number), 0)
+    first = shuffled(np.zeros(number, int), 5, np.arange(number), 0)
     counts = np.bincount(first, minlength=5)
     assert ((counts - number / 5) ** 2 / (number / 5)).sum() < 18.5  # exceeded once in 1,000 seeds
 
@@ -263,12 +280,9 @@ def test_order_is_uniform():
     ],
 )
 def test_bad_batches(shards, arguments, message):
-    positional, ranks = (
-        arguments[:4],
-        dict(zip(("rank", "world_size"), arguments[4:], strict=False)),
-    )
+    ranks = dict(zip(("rank", "world_size"), arguments[4:], strict=False))
     with pytest.raises(ValueError, match=message):
-        shards.train_batch(*positional, **ranks)
+        shards.train_batch(*arguments[:4], **ranks)
 
 
 def test_held_out_text_shorter_than_a_block(shards):
@@ -307,9 +321,8 @@ def test_a_full_disk_leaves_the_old_shards(shards):
     assert run.returncode == 1 and "OSError" in run.stderr.splitlines()[-1]
     names = sorted(path.name for path in shards.folder.iterdir())
     assert names == ["documents.bin", "shards.json", "tokens.bin"]
-    assert torch.equal(
-        TokenShards(shards.folder).train_batch(0, 1, BLOCK)[0], shards.train_batch(0, 1, BLOCK)[0]
-    )
+    again = TokenShards(shards.folder)
+    assert torch.equal(again.train_batch(0, 1, BLOCK)[0], shards.train_batch(0, 1, BLOCK)[0])
 
 
 def test_an_interrupted_replacement_is_noticed(shards, monkeypatch):
@@ -358,7 +371,7 @@ def header_with(**changes):
         ("shards.json", header_with(dtype="float32"), "is damaged or not a calm_rt header"),
         ("shards.json", header_with(dtype="uint32"), "tokens.bin should hold"),
         ("shards.json", header_with(num_train_tokens=8), "documents.bin does not belong"),
-        ("shards.json", header_with(version=2), "has version 2, expected 1"),
+        ("shards.json", header_with(version=1), "has version 1, expected 2"),
     ],
 )
 def test_damaged_shards(shards, name, change, message):
@@ -376,7 +389,6 @@ def test_ids_out_of_range_in_the_file(shards):
     tokens = np.fromfile(shards.folder / "tokens.bin", np.uint16)
     tokens[:] = 200
     tokens.tofile(shards.folder / "tokens.bin")
-    with pytest.raises(
-        ValueError, match=r"tokens.bin holds id 200, expected ids below vocab_size 200"
-    ):
+    message = r"tokens.bin holds id 200, expected ids below vocab_size 200"
+    with pytest.raises(ValueError, match=message):
         TokenShards(shards.folder).train_batch(0, 1, BLOCK)

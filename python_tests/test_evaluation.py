@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_data import Characters
 from torch import nn
 
 from calm_rt import ops
+from calm_rt.data import write_shards
 from calm_rt.evaluation import (
     bigram_brier,
     brier_from_predictions,
@@ -133,24 +135,18 @@ def test_short_patches_follow_the_path_through_the_cache(patch_size):
     terms, continued = [], 0
     for d, ids in enumerate(documents):
         for start in range(1, len(ids) // patch_size - steps + 1):
-            context, rows = (
-                ids[: start * patch_size],
-                range(d << 32 | start, (d << 32 | start) + steps),
-            )
+            context, first = ids[: start * patch_size], d << 32 | start
             accuracy, collision, path, weight, whole = [], [], context, 1.0, 1.0
-            for row in rows:
+            for row in range(first, first + steps):
                 at = (row & 0xFFFFFFFF) * patch_size
-                right = (
-                    (draw(ids[:at], row) == ids[at : at + patch_size]).cumprod(-1).double().mean(0)
-                )
+                agreeing = draw(ids[:at], row) == ids[at : at + patch_size]
+                right = agreeing.cumprod(-1).double().mean(0)
                 accuracy += (whole * right).tolist()
                 whole *= right[-1]
                 draws = draw(path, row)
                 pairs = itertools.combinations(draws, 2)
-                collision += [
-                    weight * v
-                    for v in torch.stack([(a == b).cumprod(-1) for a, b in pairs]).double().mean(0)
-                ]
+                agreeing = torch.stack([(a == b).cumprod(-1) for a, b in pairs])
+                collision += (weight * agreeing.double().mean(0)).tolist()
                 weight *= float((draws[1:] == draws[0]).all(-1).double().mean())
                 path = torch.cat([path, draws[0]])
                 continued += weight > 0
@@ -175,11 +171,8 @@ def test_draws_depend_on_seed_and_patch_only(patch_size):
 def test_windows_and_limits():
     model, documents = Chain(4), chain_documents(4)  # of 60, 67, 74, 81 patches
     result = brier_lm(model, documents, num_bootstrap=10)
-    assert (result.num_patches, result.num_documents, result.num_draws) == (
-        60 + 67 + 74 + 81 - 4,
-        4,
-        8,
-    )
+    assert result.num_patches == 60 + 67 + 74 + 81 - 4
+    assert (result.num_documents, result.num_draws) == (4, 8)
     cut = brier_lm(model, documents, block_size=40, num_bootstrap=10)
     assert cut.num_patches == sum(n - -(-n // 10) for n in (60, 67, 74, 81))
     part = brier_lm(model, documents, max_patches=70, num_bootstrap=10)
@@ -248,6 +241,21 @@ def test_samplers_score_what_the_model_scores():
     results += [f(train, documents, 4, **options) for f in (unigram_brier, bigram_brier)]
     assert {result.num_patches for result in results} == {100}
     assert results[2].score > results[1].score
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 5])
+def test_the_bos_of_documents_is_never_scored(tmp_path, patch_size):
+    """Who always draws BOS is always wrong and always repeats itself, on documents of shards."""
+    texts = [chr(40 + number) * 20 for number in range(30)]
+    shards = write_shards(texts, Characters(), tmp_path, patch_size, held_out=0.7)
+    documents = shards.held_out_documents()
+    heads = {int((ids == Characters.bos_id).sum()) for ids in documents}
+    assert heads == set(range(patch_size + 1))
+    only_bos = np.array([Characters.bos_id])
+    assert unigram_brier(only_bos, shards, patch_size).brier == (-1,) * 4
+    assert bigram_brier(only_bos, shards, patch_size).brier == (-1,) * 4
+    starts = sum(len(ids) // patch_size - -(-4 // patch_size) for ids in documents)
+    assert unigram_brier(shards.train_tokens, shards, patch_size).num_patches == starts
 
 
 # ---- reconstruction and conditioning ----

@@ -61,9 +61,8 @@ def test_stream_yields_whole_characters_only(tokenizer):
     assert streamed(tokenizer, ids) == ["", "", "日", "a", ""]
     assert streamed(tokenizer, ids[:2]) == ["", "", "\ufffd"]
     assert tokenizer.decode(ids[:2]) == "\ufffd"
-    assert (
-        streamed(tokenizer, [*ids[:2], ids[3]])[2] == "\ufffda"
-    )  # broken off by another character
+    broken_off = [*ids[:2], ids[3]]
+    assert streamed(tokenizer, broken_off)[2] == "\ufffda"
 
 
 def test_special_tokens_have_no_text(tokenizer):
@@ -88,9 +87,8 @@ def test_training_is_deterministic_and_samples(tokenizer, tmp_path, monkeypatch)
     again = train_tokenizer(source, 512, tmp_path / "other.model")
     assert again.path == tmp_path / "other.model"
     assert again.fingerprint == tokenizer.fingerprint == load_tokenizer(again.path).fingerprint
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "other.model"
-    ]  # nothing temporary is left
+    names = [path.name for path in tmp_path.iterdir()]
+    assert names == ["other.model"]  # nothing temporary is left
     monkeypatch.setattr(module, "SAMPLE_CHARACTERS", 8000)
     documents = [CODE[start : start + 3000] for start in range(0, len(CODE), 3000)] * 4
     chunks = module._sample_chunks(documents)
