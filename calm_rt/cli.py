@@ -1,0 +1,308 @@
+"""The command line: `calm-rt` and `python -m calm_rt`.
+
+Arguments stand here, what the commands do in commands.py, which is imported when a command runs.
+Exit codes: 0 done, 2 an error that one line explains, 130 interrupted.
+"""
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+# option, type, what it is; defaults are those of calm_rt.training.TrainingConfig
+TRAINING_OPTIONS = [
+    ("steps", int, "optimizer steps"),
+    ("minutes", float, "end earlier, after this much training; the schedule follows the clock"),
+    ("batch-size", int, "blocks a step, over all processes"),
+    ("block-size", int, "tokens a block, a multiple of the patch size"),
+    ("accumulation", int, "parts in which a process computes its share of a batch"),
+    ("learning-rate", float, "after warm-up"),
+    ("warmup-steps", int, "steps of linear warm-up"),
+    ("schedule", str, "after warm-up: constant, cosine or linear"),
+    ("weight-decay", float, "of matrices"),
+    ("clip-norm", float, "largest norm of the gradient"),
+    ("precision", str, "fp32, bf16 or auto (the faster one here, measured once)"),
+    ("seed", int, "of weights, order and noise"),
+    ("log-every", int, "steps between lines of log.jsonl"),
+    ("evaluate-every", int, "steps between evaluations on held-out text"),
+    ("save-every", int, "steps between checkpoints"),
+    ("evaluation-blocks", int, "held-out blocks in an evaluation"),
+]
+AUTOENCODER_OPTIONS = [
+    ("hidden-size", int, "features of a token"),
+    ("intermediate-size", int, "features inside a layer"),
+    ("latent-size", int, "numbers in the latent vector of a patch"),
+    ("num-encoder-layers", int, "half before, half after a patch becomes one vector"),
+    ("num-decoder-layers", int, "half before, half after a vector becomes a patch"),
+    ("target-accuracy", float, "stop when this share of held-out tokens comes back"),
+]
+MODEL_OPTIONS = [
+    ("hidden-size", int, "features of a patch"),
+    ("intermediate-size", int, "features inside a layer"),
+    ("num-hidden-layers", int, "layers of the backbone"),
+    ("num-attention-heads", int, "of the backbone"),
+    ("num-key-value-heads", int, "fewer than attention heads: grouped queries"),
+    ("noise-size", int, "random numbers that the head turns into a draw"),
+    ("num-mlp-layers", int, "blocks of the head"),
+    ("num-samples", int, "draws of every next patch in training"),
+    ("beta", float, "exponent of the energy score"),
+    ("max-position-embeddings", int, "patches in the longest text"),
+    ("num-targets", int, "target draws of the energy score"),
+]
+
+
+# errors of modules that are not imported here, so that a broken one of them still gives a message
+EXPLAINED = {"NativeUnavailable", "OutOfMemoryError", "SafetensorError", "TrainingDiverged"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    options = build_parser().parse_args(arguments)
+    name = f"calm-rt {options.command}"
+    try:
+        if options.command == "info":
+            _info(options.json)
+        else:
+            from calm_rt import commands
+
+            getattr(commands, options.command.replace("-", "_"))(options)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{name}: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            raise
+        print(f"{name}: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="calm-rt",
+        description="Continuous autoregressive language models: train, generate, evaluate.",
+        epilog="calm-rt COMMAND --help shows the options of a command and an example",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_quickstart(commands)
+    _add_info(commands)
+    _add_tokenize(commands)
+    _add_train_autoencoder(commands)
+    _add_train(commands)
+    _add_generate(commands)
+    _add_evaluate(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _add_quickstart(commands) -> None:
+    command = _command(
+        commands,
+        "quickstart",
+        "train an autoencoder and a CALM on real text, evaluate them and write with them",
+        "calm-rt quickstart --minutes 5",
+    )
+    command.add_argument(
+        "--corpus",
+        nargs="+",
+        metavar="PATH",
+        help="text files, folders or .jsonl (default: the source of Python's standard library)",
+    )
+    command.add_argument("--minutes", type=float, default=5.0, help="for everything (default: 5)")
+    command.add_argument("--output", default="runs/quickstart", help="default: runs/quickstart")
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    _add_json(command)
+
+
+def _add_info(commands) -> None:
+    command = _command(
+        commands,
+        "info",
+        "environment, build, and for each op whether it is native or why not",
+        "calm-rt info --json",
+    )
+    _add_json(command)
+
+
+def _add_tokenize(commands) -> None:
+    command = _command(
+        commands,
+        "tokenize",
+        "turn text into a tokenizer and token shards",
+        "calm-rt tokenize corpus.txt more.jsonl --output data --vocab-size 4096 --patch-size 4",
+    )
+    command.add_argument("corpus", nargs="+", help="text files, folders or .jsonl files")
+    command.add_argument("--output", required=True, help="folder for shards and tokenizer")
+    command.add_argument("--patch-size", type=int, default=4, help="tokens a patch (default: 4)")
+    command.add_argument(
+        "--vocab-size", type=int, default=4096, help="of a new tokenizer (default: 4096)"
+    )
+    command.add_argument("--tokenizer", help="use this one instead of training one")
+    command.add_argument(
+        "--held-out", type=float, default=0.05, help="share of documents kept back (default: 0.05)"
+    )
+    _add_json(command)
+
+
+def _add_train_autoencoder(commands) -> None:
+    command = _command(
+        commands,
+        "train-autoencoder",
+        "train the autoencoder that turns a patch of tokens into a vector and back",
+        "calm-rt train-autoencoder data --output runs/autoencoder --hidden-size 128 --steps 2000",
+    )
+    command.add_argument("data", help="folder that calm-rt tokenize made")
+    _add_training(command)
+    _add_options(command, "sizes", AUTOENCODER_OPTIONS)
+
+
+def _add_train(commands) -> None:
+    command = _command(
+        commands,
+        "train",
+        "train a CALM on a trained autoencoder (several processes: torchrun -m calm_rt train ...)",
+        "calm-rt train data --autoencoder runs/autoencoder --output runs/calm --hidden-size 256",
+    )
+    command.add_argument("data", help="folder that calm-rt tokenize made")
+    command.add_argument("--autoencoder", help="folder of a trained one (not with --resume)")
+    _add_training(command)
+    _add_options(command, "sizes", MODEL_OPTIONS)
+
+
+def _add_generate(commands) -> None:
+    command = _command(
+        commands,
+        "generate",
+        "continue prompts",
+        "calm-rt generate runs/quickstart 'def main(' --temperature 1/3 --max-new-tokens 64",
+    )
+    command.add_argument("model", help="folder of a CALM")
+    command.add_argument(
+        "prompt", nargs="*", help="texts (default: standard input if it is not a terminal)"
+    )
+    command.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    command.add_argument(
+        "--temperature", default="1", help="1, 1/2, 1/3, ... or 0 (default: 1)", metavar="T"
+    )
+    command.add_argument(
+        "--num-candidates", type=int, default=200, help="pool below temperature 1 (default: 200)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--stop", action="append", default=[], help="text that ends the writing")
+    command.add_argument("--tokenizer", help="file or folder (default: the model's folder)")
+    command.add_argument("--stream", action="store_true", help="print text as it comes (1 prompt)")
+    _add_device(command)
+    _add_json(command)
+
+
+def _add_evaluate(commands) -> None:
+    command = _command(
+        commands,
+        "evaluate",
+        "BrierLM and reconstruction of a CALM, or reconstruction of an autoencoder",
+        "calm-rt evaluate runs/quickstart runs/quickstart/data --max-patches 2000",
+    )
+    command.add_argument("model", help="folder of a CALM or an autoencoder")
+    command.add_argument(
+        "data", nargs="+", help="a folder of token shards (their held-out documents), or text"
+    )
+    command.add_argument("--num-draws", type=int, default=8, help="of each patch (default: 8)")
+    command.add_argument(
+        "--block-size", type=int, help="tokens of a window (default: the model's longest)"
+    )
+    command.add_argument("--max-patches", type=int, help="stop after so many (default: all)")
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--tokenizer", help="for text (default: the model's folder)")
+    _add_device(command)
+    _add_json(command)
+
+
+def _add_convert(commands) -> None:
+    command = _command(
+        commands,
+        "convert",
+        "read an official checkpoint and write it as one folder of config.json and safetensors",
+        "calm-rt convert CALM-M calm-m --dtype bfloat16",
+    )
+    command.add_argument("source", help="folder with pytorch_model.bin or model.safetensors")
+    command.add_argument("output", help="folder to write")
+    command.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored"
+    )
+    _add_json(command)
+
+
+def _command(commands, name: str, summary: str, example: str) -> Parser:
+    return commands.add_parser(
+        name, help=summary, description=summary, epilog=f"example: {example}"
+    )
+
+
+def _add_training(command: Parser) -> None:
+    command.add_argument("--output", required=True, help="folder for model, state, log and curves")
+    command.add_argument(
+        "--resume", action="store_true", help="continue the run in --output with its settings"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    _add_device(command)
+    _add_json(command)
+    _add_options(command, "training", TRAINING_OPTIONS)
+
+
+def _add_options(command: Parser, title: str, options: list[tuple[str, type, str]]) -> None:
+    """Options without defaults: absent ones come from the configuration or the resumed run."""
+    group = command.add_argument_group(title)
+    for name, kind, summary in options:
+        group.add_argument(f"--{name}", type=kind, help=summary, default=argparse.SUPPRESS)
+
+
+def _add_device(command: Parser) -> None:
+    command.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+
+
+def _add_json(command: Parser) -> None:
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _info(as_json: bool) -> None:
+    """Stands here and imports no more than it needs, for it is what a broken installation runs."""
+    from calm_rt import info
+
+    report = info()
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    for name, value in report.items():
+        if not isinstance(value, dict):
+            print(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+            continue
+        print(f"{name}:")
+        width = max(map(len, value), default=0)
+        for key, entry in value.items():
+            routes = [entry] if isinstance(entry, str) else [f"{k}: {v}" for k, v in entry.items()]
+            for number, route in enumerate(routes):
+                print(f"  {'' if number else key:{width}}  {route}")
+
+
+def _explain(error: Exception) -> str | None:
+    """An error that the user can do something about, in one line; None for a defect of ours."""
+    text = " ".join(str(error).split())
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+    if full:
+        return f"the disk is full ({text}); free some space or choose another --output"
+    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+        return f"{text}; choose a folder that you can write"
+    if isinstance(error, ValueError | IndexError | OSError | ImportError | MemoryError):
+        return text or type(error).__name__
+    return text if type(error).__name__ in EXPLAINED else None

@@ -1,0 +1,129 @@
+"""Training losses: the autoencoder's (paper section 2) and the energy loss (paper section 3.3).
+
+Every random number comes from `ops.noise` under (seed, row id), so a loss depends on which patches
+it sees and on nothing else: accumulation, resuming and several processes draw the same noise as one
+uninterrupted process.
+"""
+
+import torch
+from torch import Tensor
+
+from calm_rt import ops, reference
+from calm_rt.nn import Autoencoder, Calm
+from calm_rt.ops.check import check
+from calm_rt.reference import Stream
+
+MASK_ID = (
+    0  # of a masked token, as in the official code; in our vocabularies the unused unknown token
+)
+PRECISIONS = ("fp32", "bf16")
+
+
+def autocast(precision: str, device: torch.device | str) -> torch.autocast:
+    """The autocast context of a precision: "bf16" takes matrix products in bfloat16."""
+    check(precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", precision)
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+
+
+def autoencoder_loss(
+    model: Autoencoder,
+    ids: Tensor,
+    *,
+    seed: int | Tensor = 0,
+    rows: Tensor | None = None,
+    precision: str = "fp32",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """K cross-entropy + kl_weight KL, with masked tokens and dropout on the latent vector.
+
+    ids: [B, P K] int64.  rows: [B P] int64, row ids of the patches; None for 0, 1, ....
+    precision: "fp32" or "bf16" (autocast).
+    returns: loss [] and metrics of [] tensors: cross_entropy (nats a token), kl (nats a patch,
+        without the clip).
+    raises: ValueError for ids that are not whole patches.
+    source: official Autoencoder.forward; each dimension's KL counts as kl_clamp at least.
+    """
+    config = model.config
+    patches, rows = _patches(ids, config.patch_size, rows)
+    p = config.ae_dropout
+    with autocast(precision, ids.device):
+        masked_out = _uniform(rows, config.patch_size, seed, Stream.TOKEN_MASK) < p
+        posterior = model.encode(torch.where(masked_out, MASK_ID, patches))  # [R, 1, L] each
+        wide = torch.promote_types(posterior[0].dtype, torch.float32)
+        mean, log_std = (value.squeeze(1).to(wide) for value in posterior)
+        options = {"seed": seed, "stream": Stream.LATENT, "dtype": wide}
+        eps = ops.noise(rows, 1, config.latent_size, **options)[0]
+        kept = _uniform(rows, config.latent_size, seed, Stream.DROPOUT) >= p
+        latents = (mean + log_std.exp() * eps) * kept / (1 - p)
+        weights = model.decoder.weights()
+        hidden = reference.decode_hidden(latents, weights, config.rms_norm_eps)
+        cross_entropy = ops.linear_cross_entropy(
+            hidden.flatten(0, 1), weights.vocabulary, patches.flatten()
+        )
+    kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
+    clipped = kl.clamp(min=config.kl_clamp).sum(-1).mean()
+    loss = config.patch_size * cross_entropy + config.kl_weight * clipped
+    return loss, {"cross_entropy": cross_entropy.detach(), "kl": kl.detach().sum(-1).mean()}
+
+
+def energy_loss(
+    model: Calm,
+    ids: Tensor,
+    *,
+    seed: int | Tensor = 0,
+    rows: Tensor | None = None,
+    precision: str = "fp32",
+    num_targets: int = 100,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-mean energy score of config.num_samples draws of every next patch, against its posterior.
+
+    The posterior is the frozen autoencoder's, always in float32: targets are the same in training
+    and evaluation.
+    ids: [B, P K] int64, P >= 2; the first patch is context only.
+    rows: [B P] int64, row ids of the patches; None for 0, 1, ....
+    returns: loss [] and metrics of [] tensors: the mean distances diversity (draw to draw) and
+        fidelity (draw to target); loss = 2 fidelity - diversity.
+    raises: ValueError for ids that are not whole patches or fewer than two.
+    source: paper equations 9 and 10, official EnergyTransformer.energy_score.
+    """
+    patch_size = model.config.patch_size
+    _, rows = _patches(ids, patch_size, rows)
+    enough = f"at least two patches of {patch_size} tokens a row"
+    check(ids.shape[1] >= 2 * patch_size, "ids", enough, ids.shape[1])
+    rows = rows.view(ids.shape[0], -1)[:, 1:].flatten()
+    with torch.no_grad():
+        mean, log_std = model.ae_model.encode(ids[:, patch_size:])  # [B, P - 1, L] each
+    with autocast(precision, ids.device):
+        hidden = model.hidden_states(ids[:, :-patch_size]).flatten(0, 1)
+        draws = model.sample(hidden, model.config.num_samples, seed, rows)
+    score, diversity, fidelity = ops.energy_score(
+        draws,
+        mean.flatten(0, 1),
+        log_std.flatten(0, 1),
+        num_targets=num_targets,
+        beta=model.config.beta,
+        seed=seed,
+        rows=rows,
+        return_terms=True,
+    )
+    return -score.mean(), {
+        "diversity": diversity.detach().mean(),
+        "fidelity": fidelity.detach().mean(),
+    }
+
+
+def _patches(ids: Tensor, patch_size: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """ids [B, P K] as patches [R, K], and their row ids [R]."""
+    whole = ids.dim() == 2 and ids.shape[1] % patch_size == 0
+    check(whole, "ids", f"[B, P x {patch_size}], whole patches", list(ids.shape))
+    patches = ids.reshape(-1, patch_size)
+    if rows is None:
+        rows = torch.arange(len(patches), device=ids.device)
+    rows = rows.flatten()
+    check(len(rows) == len(patches), "rows", f"one id a patch, {len(patches)}", len(rows))
+    return patches, rows
+
+
+def _uniform(rows: Tensor, length: int, seed: int | Tensor, stream: Stream) -> Tensor:
+    """[R, length] uniforms in [0, 1) of a stream."""
+    return ops.noise(rows, 1, length, seed=seed, stream=stream, distribution="uniform")[0]

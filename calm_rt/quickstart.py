@@ -1,0 +1,260 @@
+"""The whole path in minutes on a CPU: text, tokenizer, autoencoder, CALM, measures, samples."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm_rt import checkpoint, evaluation, ops
+from calm_rt.brier import BrierLM
+from calm_rt.curves import CURVES, finite, plot_curves, read_log
+from calm_rt.data import (
+    Tokenizer,
+    TokenShards,
+    default_corpus,
+    read_documents,
+    train_tokenizer,
+    write_shards,
+)
+from calm_rt.generation import Generator
+from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
+from calm_rt.ops.check import check
+from calm_rt.training import TrainingConfig, train, train_autoencoder
+
+VOCAB_SIZE = 320
+PATCH_SIZE = 4
+BLOCK_SIZE = 256  # tokens
+AUTOENCODER_SHARE = 0.2  # of the time, at most
+CLOSING_SHARE = 0.15  # of the time, kept for measures and samples
+TARGET_ACCURACY = 0.9995  # of held-out tokens; the promise is 0.999
+EVALUATION_PATCHES = 3000
+EVALUATION_BLOCKS = 32
+TEMPERATURES = ("1", "1/2", "1/3")
+SAMPLE_TOKENS = 160
+
+
+def run_quickstart(
+    output: str | Path,
+    corpus: Sequence[str | Path] | None = None,
+    minutes: float = 5.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Trains an autoencoder and a CALM on text, measures them, and prints a table and samples.
+
+    output: gets the model (config.json, model.safetensors, tokenizer.model), log.jsonl, curves.png,
+        metrics.json, and the folders data and autoencoder, in place of an earlier quickstart's.
+    corpus: text files, folders or .jsonl; None for the source of Python's standard library.
+    minutes: for everything; the language model trains in what the other stages leave.
+    returns: what metrics.json holds.
+    raises: ValueError and OSError for a corpus or a folder that cannot be used, KeyboardInterrupt.
+    """
+    check(0 < minutes < float("inf"), "minutes", "a positive number", minutes)
+    start = time.perf_counter()
+
+    def stage(name: str) -> None:
+        print(f"[{time.perf_counter() - start:5.1f} s] {name}", flush=True)
+
+    output = Path(output)
+    stage("tokenizer and token shards")
+    paths = default_corpus() if corpus is None else list(corpus)
+    tokenizer = train_tokenizer(paths, VOCAB_SIZE, output)
+    shards = write_shards(read_documents(paths), tokenizer, output / "data", PATCH_SIZE)
+    documents = shards.header.num_documents
+    stage(f"autoencoder, on {shards.num_tokens:,} tokens in {documents:,} documents")
+    budget = AUTOENCODER_SHARE * minutes
+    autoencoder = _train_autoencoder(tokenizer, shards, output / "autoencoder", budget, seed)
+    spent = (time.perf_counter() - start) / 60
+    stage("language model")
+    budget = max((1 - CLOSING_SHARE) * minutes - spent, 0.05 * minutes)
+    model = _train_model(autoencoder, shards, output, budget, seed)
+    stage("measures")
+    metrics, scores = _measure(model, shards, output, seed)
+    metrics["speedup_native"], milliseconds = _speedup(model, shards, seed)
+    plot_curves({"Autoencoder": output / "autoencoder", "Calm": output}, output / CURVES)
+    _print_table(metrics, scores, milliseconds)
+    stage("samples")
+    _print_samples(model, tokenizer, shards, seed)
+    metrics["seconds"] = time.perf_counter() - start
+    checkpoint.write_json(output / "metrics.json", finite(metrics))
+    stage(f"done; the model is in {output}: calm-rt generate {output} 'def '")
+    return metrics
+
+
+def _train_autoencoder(
+    tokenizer: Tokenizer, shards: TokenShards, output: Path, minutes: float, seed: int
+) -> Autoencoder:
+    config = AutoencoderConfig(
+        patch_size=PATCH_SIZE,
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=128,
+        intermediate_size=320,
+        latent_size=32,
+        initializer_range=0.06,  # about 1 / sqrt(hidden_size): 0.02 is made for larger models
+        pad_token_id=tokenizer.pad_id,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    training = TrainingConfig(
+        steps=100_000,
+        minutes=minutes,
+        batch_size=16,
+        learning_rate=3e-3,
+        warmup_steps=50,
+        evaluate_every=100,
+        target_accuracy=TARGET_ACCURACY,
+        **_common(shards, seed),
+    )
+    return train_autoencoder(config, shards, output, training, overwrite=True)
+
+
+def _train_model(
+    autoencoder: Autoencoder, shards: TokenShards, output: Path, minutes: float, seed: int
+) -> Calm:
+    config = CalmConfig(
+        patch_size=PATCH_SIZE,
+        vocab_size=autoencoder.config.vocab_size,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        latent_size=autoencoder.config.latent_size,
+        num_mlp_layers=3,
+        num_samples=4,
+        max_position_embeddings=1024,
+        initializer_range=0.06,
+        pad_token_id=autoencoder.config.pad_token_id,
+        bos_token_id=autoencoder.config.bos_token_id,
+        eos_token_id=autoencoder.config.eos_token_id,
+    )
+    training = TrainingConfig(
+        steps=1_000_000,
+        minutes=minutes,
+        batch_size=4,
+        learning_rate=1e-3,
+        warmup_steps=50,
+        evaluate_every=500,
+        **_common(shards, seed),
+    )
+    return train(config, autoencoder, shards, output, training, overwrite=True)
+
+
+def _common(shards: TokenShards, seed: int) -> dict[str, Any]:
+    """Settings of both stages; a tiny corpus gets shorter blocks."""
+    smallest = min(
+        shards.header.num_train_tokens, shards.num_tokens - shards.header.num_train_tokens
+    )
+    block_size = min(BLOCK_SIZE, smallest // PATCH_SIZE * PATCH_SIZE)
+    return {
+        "block_size": block_size,
+        "schedule": "cosine",
+        "save_every": 1_000_000,
+        "evaluation_blocks": EVALUATION_BLOCKS,
+        "seed": seed,
+    }
+
+
+def _measure(
+    model: Calm, shards: TokenShards, output: Path, seed: int
+) -> tuple[dict[str, Any], dict[str, BrierLM]]:
+    """The metrics, and the Brier scores of the model and of a unigram and a bigram sampler."""
+    block_size = _common(shards, seed)["block_size"]
+    blocks = list(shards.held_out_batches(EVALUATION_BLOCKS, block_size))
+    documents = shards.held_out_documents()
+    window = {"block_size": block_size, "max_patches": EVALUATION_PATCHES}
+    scores = {"CALM": evaluation.brier_lm(model, documents, seed=seed, **window)}
+    for name in ("unigram", "bigram"):
+        sampler = getattr(evaluation, f"{name}_brier")
+        scores[name] = sampler(shards.train_tokens, documents, PATCH_SIZE, **window)
+    gap, interval = evaluation.conditioning_gap(model, blocks[0], seed=seed)
+    accuracy = evaluation.reconstruction_accuracy
+    rates = [line["tokens_per_second"] for line in read_log(output) if "loss" in line]
+    metrics: dict[str, Any] = {
+        "autoencoder_accuracy": accuracy(model.ae_model, blocks),
+        "autoencoder_accuracy_sigma_0.3": accuracy(model.ae_model, blocks, noise_std=0.3),
+        "conditioning_gap": gap,
+        "conditioning_gap_interval": interval,
+        "brier_lm": scores["CALM"].score,
+        "brier_lm_interval": scores["CALM"].interval,
+        "tokens_per_second": statistics.median(rates),
+    }
+    for name, score in scores.items():
+        prefix = "" if name == "CALM" else f"{name}_"
+        metrics |= {f"{prefix}brier_{n}": 100 * value for n, value in enumerate(score.brier, 1)}
+        metrics[f"{prefix}brier_lm"] = score.score
+    return metrics, scores
+
+
+def _speedup(model: Calm, shards: TokenShards, seed: int) -> tuple[float, tuple[float, float]]:
+    """How much faster the energy score runs here than the official eager formula, forward and
+    backward on the shapes just trained; and the milliseconds of both."""
+    settings = _common(shards, seed)
+    ids, _ = shards.train_batch(0, 4, settings["block_size"], seed)
+    with torch.no_grad():
+        mean, log_std = (v.flatten(0, 1) for v in model.ae_model.encode(ids))
+        hidden = model.hidden_states(ids).flatten(0, 1)
+        draws = model.sample(hidden, model.config.num_samples, seed)
+    draws.requires_grad_()
+    native = _milliseconds(lambda: ops.energy_score(draws, mean, log_std, seed=seed), draws)
+    official = _milliseconds(lambda: _official_energy_score(draws, mean, log_std), draws)
+    return official / native, (official, native)
+
+
+def _milliseconds(function: Callable[[], Tensor], leaf: Tensor) -> float:
+    """Median time of forward and backward."""
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        torch.autograd.grad(function().sum(), leaf)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
+def _official_energy_score(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """The official EnergyTransformer.energy_score: every difference of draws and targets at once.
+
+    x: [S, R, L].  mean, log_std: [R, L].
+    returns: [R].
+    """
+    draws = x.shape[0]
+    targets = mean + log_std.exp() * torch.randn(100, *mean.shape)
+    among = (x[:, None] - x).norm(dim=-1).sum((0, 1)) / (draws * (draws - 1))
+    return among - 2 * (x[:, None] - targets).norm(dim=-1).mean((0, 1))
+
+
+def _print_table(
+    metrics: dict[str, Any], scores: dict[str, BrierLM], milliseconds: tuple[float, float]
+) -> None:
+    low, high = metrics["conditioning_gap_interval"]
+    speedup = metrics["speedup_native"]
+    print(f"""
+autoencoder, held-out tokens right     {metrics["autoencoder_accuracy"]:9.2%}
+  with noise 0.3 on the latent vector  {metrics["autoencoder_accuracy_sigma_0.3"]:9.2%}
+conditioning gap                       {metrics["conditioning_gap"]:9.3f}  ({low:.3f} to {high:.3f})
+training speed, tokens a second        {metrics["tokens_per_second"]:9,.0f}
+energy score, official eager           {milliseconds[0]:9.2f} ms
+energy score, here                     {milliseconds[1]:9.2f} ms  ({speedup:.0f} x)
+
+held-out text   BrierLM  (95 % interval)    Brier-1  Brier-2  Brier-3  Brier-4""")
+    for name, score in scores.items():
+        low, high = score.interval
+        brier = "".join(f"{100 * value:9.2f}" for value in score.brier)
+        print(f"{name:15} {score.score:7.2f}  ({low:5.2f} to {high:5.2f}){brier}")
+    print(flush=True)
+
+
+def _print_samples(model: Calm, tokenizer: Tokenizer, shards: TokenShards, seed: int) -> None:
+    """Continuations of the beginning of a held-out document, at each temperature."""
+    document = shards.held_out_documents(1)[0].tolist()
+    special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+    prompt = [token for token in document if token not in special][:40]
+    generator = Generator(model, tokenizer)
+    print(f"prompt: {tokenizer.decode(prompt)!r}")
+    for temperature in TEMPERATURES:
+        options = {"temperature": temperature, "seed": seed}
+        [sample] = generator.generate([prompt], max_new_tokens=SAMPLE_TOKENS, **options)
+        speed = len(sample.ids) / sample.seconds
+        print(f"--- temperature {temperature} ({speed:.0f} tokens a second)\n{sample.text}")

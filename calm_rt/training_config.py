@@ -1,0 +1,103 @@
+"""Settings of a training run."""
+
+import dataclasses
+import math
+
+from calm_rt.losses import PRECISIONS
+from calm_rt.ops.check import check
+
+SCHEDULES = ("constant", "cosine", "linear")
+# settings that a resumed run may change; the others would make it another run
+FREE_SETTINGS = {
+    "steps",
+    "minutes",
+    "accumulation",
+    "log_every",
+    "evaluate_every",
+    "save_every",
+    "evaluation_blocks",
+    "target_accuracy",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train. Defaults suit a small model; sizes count the whole step over all processes."""
+
+    steps: int = 1000
+    minutes: float | None = (
+        None  # ends the run earlier; the schedule then follows the share of time used
+    )
+    batch_size: int = 16  # blocks a step
+    block_size: int = 512  # tokens a block
+    accumulation: int = 1  # parts in which a process computes its share of the batch
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100  # linear from 0
+    schedule: str = "constant"  # after warm-up: "constant", or "cosine" or "linear" down to 0
+    weight_decay: float = 0.1  # of matrices; not of embeddings, norms and biases
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+    precision: str = "auto"  # "fp32", "bf16" (autocast), or whichever is faster here, measured once
+    num_targets: int = 100  # M, target draws of the energy score
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 200
+    save_every: int = 500
+    evaluation_blocks: int = 16  # held-out blocks in an evaluation
+    target_accuracy: float | None = (
+        None  # of the autoencoder on held-out tokens; ends the run when reached
+    )
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "block_size",
+            "accumulation",
+            "log_every",
+            "evaluate_every",
+            "save_every",
+        ):
+            value = getattr(self, name)
+            check(isinstance(value, int) and value >= 1, name, "an int of at least 1", value)
+        check(
+            self.evaluation_blocks >= 1, "evaluation_blocks", "at least 1", self.evaluation_blocks
+        )
+        check(self.warmup_steps >= 0, "warmup_steps", "0 or more", self.warmup_steps)
+        check(
+            0 < self.learning_rate < math.inf,
+            "learning_rate",
+            "a positive number",
+            self.learning_rate,
+        )
+        check(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more", self.weight_decay)
+        check(
+            all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)", self.betas
+        )
+        check(self.clip_norm > 0, "clip_norm", "a positive number", self.clip_norm)
+        check(self.num_targets >= 1, "num_targets", "at least 1", self.num_targets)
+        check(
+            self.minutes is None or self.minutes > 0, "minutes", "a positive number", self.minutes
+        )
+        check(
+            self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule
+        )
+        precisions = ("auto", *PRECISIONS)
+        check(
+            self.precision in precisions,
+            "precision",
+            f"one of {', '.join(precisions)}",
+            self.precision,
+        )
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the run that is done, of steps or of time."""
+        share = step / self.steps
+        return share if self.minutes is None else max(share, seconds / (60 * self.minutes))
+
+    def rate(self, step: int, seconds: float) -> float:
+        """The learning rate of a step (0 is the first)."""
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        rest = 1 - min(1.0, self.progress(step, seconds))
+        decay = {"constant": 1.0, "linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest)}
+        return self.learning_rate * warm * decay[self.schedule]
