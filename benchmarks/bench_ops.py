@@ -2,9 +2,10 @@
 
     pytest benchmarks -k energy_score
 
-Each group prints its three rows together. `extra_info` holds the device, the threads, the peak of
-extra memory and the size of the gradient to compare it with. Official and compiled draw with
-torch's generator, the kernel with Philox by position.
+Each group prints its rows together; a `library` row is torch's own function, where it has one.
+`extra_info` holds the device, the threads, the peak of extra memory and the size of the gradient
+to compare it with. Official and compiled draw with torch's generator, the kernel with Philox by
+position.
 """
 
 import importlib
@@ -20,17 +21,18 @@ import calm_rt
 from calm_rt import _native, ops
 from calm_rt.testing import CASES, Case
 
-official = importlib.import_module("official")
+official, library = importlib.import_module("official"), importlib.import_module("library")
 
 BENCHMARKS = [case for case in CASES if case.benchmark and case.op not in _native.REFERENCE_ONLY]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-RIVALS = ("official", "compiled", "native")
+RIVALS = ("official", "compiled", "library", "native")
 PASSES = ("forward", "forward+backward")
 
 
 def contender(case: Case, rival: str, arguments: dict, backward: bool):
     """A call without arguments that runs the op once."""
-    function = getattr(ops if rival == "native" else official, case.op)
+    module = {"native": ops, "library": library}.get(rival, official)
+    function = getattr(module, case.op)
     if rival == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function)
@@ -69,6 +71,8 @@ def peak_memory(case: Case, rival: str, backward: bool, device: str) -> int:
 def test_op(benchmark, case: Case, passes: str, rival: str, device: str) -> None:
     if "backward" in passes and not case.gradients:
         pytest.skip("the op has no gradient")
+    if rival == "library" and not hasattr(library, case.op):
+        pytest.skip("this torch has no such function of its own")
     benchmark.group = f"{case} {passes} {device}"
     arguments = case.make(device=device)
     backward = "backward" in passes
@@ -91,7 +95,7 @@ def test_op(benchmark, case: Case, passes: str, rival: str, device: str) -> None
             peak_extra_bytes=peak_memory(case, rival, backward, device),
             gradient_bytes=sum(arguments[name].nbytes for name in case.gradients),
         )
-        benchmark.pedantic(timed, rounds=15, warmup_rounds=2)
+        benchmark.pedantic(timed, rounds=case.rounds, warmup_rounds=min(2, case.rounds // 2))
 
 
 def resident(field: str) -> int:

@@ -4,6 +4,10 @@ Written from the paper and from what the official code computes, with the interm
 it makes and with torch's own generator.
 """
 
+import math
+import random
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -30,3 +34,27 @@ def energy_score(
         torch.norm(x[:, None] - targets[None], p=2, dim=-1).pow(beta).mean((0, 1))
     )  # of [S, M, R, L]
     return among - 2 * toward
+
+
+def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The end of `Autoencoder.decoder` and `temperature_sampling`: all logits, then argmax."""
+    return torch.nn.functional.linear(hidden, weight).argmax(-1)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, **_) -> Tensor:
+    """The loss of `Autoencoder.forward`: all logits, and once more in float32."""
+    logits = torch.nn.functional.linear(hidden, weight).float()
+    return torch.nn.functional.cross_entropy(logits, target)
+
+
+def select_patch(tokens: Tensor, *, n: int, **_) -> Tensor:
+    """The end of `temperature_sampling`: each candidate to the host, a Counter, Python's random."""
+    chosen = []
+    for pool in tokens:
+        counts = Counter(tuple(patch.tolist()) for patch in pool)
+        for m in range(n, 0, -1):
+            weights = {patch: math.comb(c, m) for patch, c in counts.items() if c >= m}
+            if weights:
+                break
+        chosen += random.choices(list(weights), list(weights.values()))
+    return torch.tensor(chosen, device=tokens.device)

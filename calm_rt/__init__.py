@@ -1,8 +1,34 @@
-"""Accelerated runtime for Continuous Autoregressive Language Models (CALM, arXiv 2510.27688)."""
+"""Accelerated runtime for Continuous Autoregressive Language Models (CALM, arXiv 2510.27688).
+
+`import calm_rt` brings the ops, which need torch only; the rest of the public surface is imported
+when it is first used.
+"""
+
+import importlib
+from typing import Any
 
 from . import ops, reference
 from ._native import NativeUnavailable, backend
 from .environment import info
 
 __version__ = "0.1.0"
-__all__ = ["NativeUnavailable", "backend", "info", "ops", "reference"]
+
+_LAZY = {
+    "Generator": "generation",
+    "brier_lm": "evaluation",
+    "load": "checkpoint",
+    "load_tokenizer": "data",
+    "nn": "nn",
+    "save": "checkpoint",
+}
+
+__all__ = ["NativeUnavailable", "backend", "info", "ops", "reference", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+    value = module if name == _LAZY[name] else getattr(module, name)
+    globals()[name] = value
+    return value

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,12 @@ REFERENCE_ONLY = (
     "decode",
     "encode",
     "gated_mlp",
-    "linear_argmax",
-    "linear_cross_entropy",
     "sample_latents",
-    "select_patch",
 )
 
 _backend = "auto"
 _load_error: str | None = None
+_registered: set[str] = set()  # ops that the extension holds
 
 
 class NativeUnavailable(RuntimeError):
@@ -66,6 +65,21 @@ def chosen_backend() -> str:
     return _backend
 
 
+def register(
+    op: str,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Give the extension's op its fake kernel and its gradient; nothing where it has no such op."""
+    if not loaded() or not hasattr(torch.ops.calm_rt, op):
+        return
+    torch.library.register_fake(f"calm_rt::{op}", fake)
+    if backward is not None:
+        torch.library.register_autograd(f"calm_rt::{op}", backward, setup_context=setup_context)
+    _registered.add(op)
+
+
 def build_info() -> dict[str, str]:
     """What the extension was built from and with; empty without it."""
     if not loaded():
@@ -85,6 +99,8 @@ def why_reference(op: str, device: str, dtype: torch.dtype, dtypes: dict[str, tu
         return _load_error
     if op in REFERENCE_ONLY:
         return f"{op} has no kernel yet"
+    if op not in _registered:
+        return f"the extension is older than this package and lacks {op}; reinstall calm_rt"
     if device not in dtypes:
         return f"{op} has no kernel for {device} tensors"
     if device == "cuda" and not torch.ops.calm_rt.has_cuda():

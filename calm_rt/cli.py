@@ -36,6 +36,7 @@ AUTOENCODER_OPTIONS = [
     ("latent-size", int, "numbers in the latent vector of a patch"),
     ("num-encoder-layers", int, "half before, half after a patch becomes one vector"),
     ("num-decoder-layers", int, "half before, half after a vector becomes a patch"),
+    ("random-tokens", float, "share of tokens made random, so that rare ones are learnt"),
     ("target-accuracy", float, "stop when this share of held-out tokens comes back"),
 ]
 MODEL_OPTIONS = [

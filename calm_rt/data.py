@@ -278,15 +278,17 @@ class TokenShards:
     ) -> Iterator[Tensor]:
         """The held-out blocks in order.
 
-        limit: the most batches; None for all.
+        limit: the most batches, of blocks spread evenly over the held-out text; None for all.
         returns: iterator over ids [batch_size or, at the end, fewer, block_size] int64.
         raises: ValueError for sizes that do not fit, and for held-out text shorter than one block.
         """
         num_blocks = self._num_blocks(self._held_out, "held-out", block_size)
         check(batch_size >= 1, "batch_size", "at least 1", batch_size)
-        starts = range(0, num_blocks, batch_size)[:limit]
-        blocks = (np.arange(start, min(start + batch_size, num_blocks)) for start in starts)
-        return (self._read(self._held_out, b, block_size) for b in blocks)
+        check(limit is None or limit >= 1, "limit", "at least 1, or None", limit)
+        most = num_blocks if limit is None else min(limit * batch_size, num_blocks)
+        blocks = np.arange(most) * num_blocks // most
+        parts = np.split(blocks, range(batch_size, most, batch_size))
+        return (self._read(self._held_out, part, block_size) for part in parts)
 
     def held_out_documents(self, limit: int | None = None) -> list[Tensor]:
         """The held-out documents, each [tokens] int64 with its BOS, EOS and PAD, whole patches.

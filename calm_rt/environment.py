@@ -49,5 +49,7 @@ def _device_name(device: str) -> str:
 def _route(op: str, device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "reference: no CUDA device here"
-    reason = _native.why_reference(op, device, torch.float32, kernel_dtypes(op))
+    dtypes = kernel_dtypes(op)
+    first = dtypes.get(device, (torch.float32,))[0]  # float32, or int64 for an op on ids
+    reason = _native.why_reference(op, device, first, dtypes)
     return "native" if reason is None else f"reference: {reason}"

@@ -33,11 +33,14 @@ def autoencoder_loss(
     seed: int | Tensor = 0,
     rows: Tensor | None = None,
     precision: str = "fp32",
+    random_tokens: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """K cross-entropy + kl_weight KL, with masked tokens and dropout on the latent vector.
 
     ids: [B, P K] int64.  rows: [B P] int64, row ids of the patches; None for 0, 1, ....
     precision: "fp32" or "bf16" (autocast).
+    random_tokens: the share of tokens that first become any token of the vocabulary, so that what
+        the text hardly has comes back too; not in the paper.
     returns: loss [] and metrics of [] tensors: cross_entropy (nats a token), kl (nats a patch,
         without the clip).
     raises: ValueError for ids that are not whole patches.
@@ -47,13 +50,18 @@ def autoencoder_loss(
     patches, rows = _patches(ids, config.patch_size, rows)
     p = config.ae_dropout
     with autocast(precision, ids.device):
-        masked_out = _uniform(rows, config.patch_size, seed, Stream.TOKEN_MASK) < p
+        options = {"seed": seed, "stream": Stream.TOKEN_MASK, "distribution": "uniform"}
+        u, chosen, token = ops.noise(rows, 3, config.patch_size, **options)  # [R, K] each
+        any_token = (token * config.vocab_size).long()
+        patches = torch.where(chosen < random_tokens, any_token, patches)
+        masked_out = u < p
         posterior = model.encode(torch.where(masked_out, MASK_ID, patches))  # [R, 1, L] each
         wide = torch.promote_types(posterior[0].dtype, torch.float32)
         mean, log_std = (value.squeeze(1).to(wide) for value in posterior)
         options = {"seed": seed, "stream": Stream.LATENT, "dtype": wide}
         eps = ops.noise(rows, 1, config.latent_size, **options)[0]
-        kept = _uniform(rows, config.latent_size, seed, Stream.DROPOUT) >= p
+        options = {"seed": seed, "stream": Stream.DROPOUT, "distribution": "uniform"}
+        kept = ops.noise(rows, 1, config.latent_size, **options)[0] >= p
         latents = (mean + log_std.exp() * eps) * kept / (1 - p)
         weights = model.decoder.weights()
         hidden = reference.decode_hidden(latents, weights, config.rms_norm_eps)
@@ -122,8 +130,3 @@ def _patches(ids: Tensor, patch_size: int, rows: Tensor | None) -> tuple[Tensor,
     rows = rows.flatten()
     check(len(rows) == len(patches), "rows", f"one id a patch, {len(patches)}", len(rows))
     return patches, rows
-
-
-def _uniform(rows: Tensor, length: int, seed: int | Tensor, stream: Stream) -> Tensor:
-    """[R, length] uniforms in [0, 1) of a stream."""
-    return ops.noise(rows, 1, length, seed=seed, stream=stream, distribution="uniform")[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from . import reference
+from . import magnitudes
 from .reference import (
     DecoderWeights,
     EncoderWeights,
@@ -37,6 +37,7 @@ class Case:
         order.
     smooth: differentiable at these arguments, so that finite differences can be taken.
     benchmark: large, for timing; the others are small, for the laws.
+    dtype: that the benchmark runs in.  rounds: how often it is timed.
     """
 
     op: str
@@ -47,13 +48,16 @@ class Case:
     magnitudes: Callable[[dict[str, Any]], list[Tensor]] | None = None
     smooth: bool = True
     benchmark: bool = False
+    dtype: torch.dtype = torch.float32
+    rounds: int = 15
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
 
-    def make(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+    def make(self, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Any]:
         """The arguments in a dtype on a device, with requires_grad where the op has a gradient."""
-        arguments = tree_map(lambda value: move(value, dtype, device), self.arguments())
+        arguments = self.arguments()
+        arguments = tree_map(lambda value: move(value, dtype or self.dtype, device), arguments)
         for name in self.gradients:
             arguments[name].requires_grad_()
         return arguments
@@ -132,31 +136,6 @@ def _near_duplicates(draws: int, rows: int, size: int, targets: int, beta: float
     return arguments
 
 
-def _energy_score_magnitudes(arguments: dict[str, Any]) -> list[Tensor]:
-    """Sums of absolute terms of score and of its gradients in x, mean and log_std."""
-    x, mean, log_std = (arguments[name].detach().double() for name in ("x", "mean", "log_std"))
-    draws, (targets, beta) = x.shape[0], (arguments["num_targets"], arguments["beta"])
-    eps = reference.noise(
-        arguments["seed"], arguments["rows"], targets, x.shape[-1], Stream.TARGET, dtype=x.dtype
-    )
-    delta = log_std.exp() * eps  # [M, R, L]
-
-    def slopes(difference: Tensor) -> Tensor:
-        distance = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
-        slope = beta * distance ** (beta - 2) * difference.abs()
-        return torch.where(distance > 0, slope, 0)
-
-    score = reference.energy_score_of_targets(x, mean + delta, beta)
-    among = slopes(x[:, None] - x).sum(1) * 2 / (draws * (draws - 1))
-    toward = slopes(x[:, None] - (mean + delta)) * 2 / (draws * targets)  # [S, M, R, L]
-    return [
-        score.diversity + 2 * score.fidelity,
-        among + toward.sum(1),
-        toward.sum((0, 1)),
-        (toward.sum(0) * delta.abs()).sum(0),
-    ]
-
-
 def _encoder(
     vocabulary: int, hidden: int, intermediate: int, latent: int, patch: int
 ) -> EncoderWeights:
@@ -214,9 +193,35 @@ def _energy_case(
         lambda: maker(**sizes),
         gradients=("x", "mean", "log_std") if not benchmark else ("x",),
         row_dims={"x": 1, "mean": 0, "log_std": 0, "rows": 0},
-        magnitudes=_energy_score_magnitudes,
+        magnitudes=magnitudes.energy_score,
         smooth=maker is _energy_score,  # a norm has no derivative at 0
         benchmark=benchmark,
+    )
+
+
+def _linear_argmax(rows: int, size: int, vocabulary: int) -> dict[str, Any]:
+    return dict(hidden=_normal(1, rows, size), weight=_normal(2, vocabulary, size))
+
+
+def _ties(rows: int, size: int, vocabulary: int) -> dict[str, Any]:
+    """Every row of the weight twice, a row of zeros, and whole numbers, so that ties are exact."""
+    arguments = _linear_argmax(rows, size, vocabulary)
+    half = arguments["weight"][: vocabulary // 2].mul(4).round()
+    arguments["weight"] = torch.cat([half, half.flip(0)])
+    arguments["hidden"] = arguments["hidden"].mul(4).round()
+    arguments["hidden"][0] = 0
+    return arguments
+
+
+def _argmax_case(name: str, maker: Callable = _linear_argmax, **options: Any) -> Case:
+    benchmark, dtype = options.pop("benchmark", False), options.pop("dtype", torch.float32)
+    return Case(
+        "linear_argmax",
+        name,
+        lambda: maker(**options),
+        row_dims={"hidden": 0},
+        benchmark=benchmark,
+        dtype=dtype,
     )
 
 
@@ -225,11 +230,36 @@ def _gated_mlp(rows: int, hidden: int, intermediate: int) -> dict[str, Any]:
     return dict(x=_normal(1, rows, hidden), norm_weight=norm, gate=gate, up=up, down=down)
 
 
-def _linear_cross_entropy(rows: int, hidden: int, vocabulary: int) -> dict[str, Any]:
+def _linear_cross_entropy(
+    rows: int, hidden: int, vocabulary: int, **options: Any
+) -> dict[str, Any]:
     target = _ids(3, vocabulary, rows)
-    target[0] = -100
+    target[1:2] = -100
     return dict(
-        hidden=_normal(1, rows, hidden), weight=_normal(2, vocabulary, hidden), target=target
+        hidden=_normal(1, rows, hidden, scale=2.0),
+        weight=_normal(2, vocabulary, hidden, scale=hidden**-0.5),
+        target=target,
+        **options,
+    )
+
+
+def _cross_entropy_case(
+    name: str,
+    benchmark: bool = False,
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 15,
+    **options: Any,
+) -> Case:
+    return Case(
+        "linear_cross_entropy",
+        name,
+        lambda: _linear_cross_entropy(**options),
+        gradients=("hidden", "weight"),
+        row_dims={"hidden": 0, "target": 0},
+        magnitudes=magnitudes.linear_cross_entropy,
+        benchmark=benchmark,
+        dtype=dtype,
+        rounds=rounds,
     )
 
 
@@ -238,7 +268,30 @@ def _select_patch(pools: int, candidates: int, patch: int, n: int) -> dict[str, 
         tokens=_ids(1, 3, pools, candidates, patch),
         n=n,
         seed=torch.tensor(5),
-        rows=torch.arange(pools),
+        rows=torch.arange(pools) * 7 + (1 << 35),
+    )
+
+
+def _model_pool(pools: int, candidates: int, patch: int, n: int) -> dict[str, Any]:
+    """A pool as a model draws it: the k-th patch with probability in proportion to 1 / k."""
+    kinds = _ids(2, 128257, pools, candidates, patch)
+    popularity = (1 / torch.arange(1, candidates + 1)).expand(pools, -1)
+    drawn = torch.multinomial(
+        popularity, candidates, replacement=True, generator=torch.Generator().manual_seed(3)
+    )
+    tokens = kinds[torch.arange(pools)[:, None], drawn]
+    return {**_select_patch(pools, candidates, patch, n), "tokens": tokens}
+
+
+def _patch_case(
+    pools: int, candidates: int, patch: int, n: int, maker: Callable = _select_patch, **options: Any
+) -> Case:
+    return Case(
+        "select_patch",
+        f"B{pools}-S{candidates}-K{patch}-n{n}",
+        lambda: maker(pools, candidates, patch, n),
+        row_dims={"tokens": 0, "rows": 0},
+        **options,
     )
 
 
@@ -271,18 +324,39 @@ CASES = (
         "duplicates-beta0.5", _near_duplicates, draws=4, rows=3, size=32, targets=5, beta=0.5
     ),
     _energy_case("S8-R512-L128-M100", benchmark=True, draws=8, rows=512, size=128, targets=100),
-    Case(
-        "linear_argmax",
-        "R5-H16-V37",
-        lambda: dict(hidden=_normal(1, 5, 16), weight=_normal(2, 37, 16)),
-        row_dims={"hidden": 0},
+    _argmax_case("R5-H16-V37", rows=5, size=16, vocabulary=37),
+    _argmax_case("R1-H1-V1", rows=1, size=1, vocabulary=1),
+    _argmax_case("R33-H70-V4099", rows=33, size=70, vocabulary=4099),
+    _argmax_case("ties", _ties, rows=9, size=24, vocabulary=300),
+    _argmax_case("R800-H512-V128257", benchmark=True, rows=800, size=512, vocabulary=128257),
+    _argmax_case(
+        "R800-H512-V128257-bf16",
+        benchmark=True,
+        dtype=torch.bfloat16,
+        rows=800,
+        size=512,
+        vocabulary=128257,
     ),
-    Case(
-        "linear_cross_entropy",
-        "R6-H16-V37",
-        lambda: _linear_cross_entropy(6, 16, 37),
-        gradients=("hidden", "weight"),
-        row_dims={"hidden": 0, "target": 0},
+    _cross_entropy_case("R6-H16-V37", rows=6, hidden=16, vocabulary=37),
+    _cross_entropy_case("R3-H1-V1", rows=3, hidden=1, vocabulary=1),
+    _cross_entropy_case("none-R5-H70-V300", rows=5, hidden=70, vocabulary=300, reduction="none"),
+    _cross_entropy_case(  # chunks of a few rows, two blocks of the vocabulary
+        "sum-R23-H24-V4133",
+        rows=23,
+        hidden=24,
+        vocabulary=4133,
+        reduction="sum",
+        max_workspace_bytes=5 * 4 * 4133,
+    ),
+    _cross_entropy_case("R2048-H128-V1024", benchmark=True, rows=2048, hidden=128, vocabulary=1024),
+    _cross_entropy_case(
+        "R4096-H512-V128257-bf16",
+        benchmark=True,
+        dtype=torch.bfloat16,
+        rounds=3,
+        rows=4096,
+        hidden=512,
+        vocabulary=128257,
     ),
     Case(
         "gated_mlp",
@@ -310,10 +384,11 @@ CASES = (
         gradients=("hidden",),
         row_dims={"hidden": 0},
     ),
-    Case(
-        "select_patch",
-        "B4-S20-K2-n3",
-        lambda: _select_patch(4, 20, 2, 3),
-        row_dims={"tokens": 0, "rows": 0},
-    ),
+    _patch_case(4, 20, 2, 3),
+    _patch_case(3, 1, 1, 2),
+    _patch_case(2, 150, 5, 200),
+    _patch_case(1, 200, 4, 2, _model_pool, benchmark=True),
+    _patch_case(32, 200, 4, 2, _model_pool, benchmark=True),
+    _patch_case(1, 1000, 4, 2, _model_pool, benchmark=True),
+    _patch_case(32, 1000, 4, 2, _model_pool, benchmark=True),
 )

@@ -61,7 +61,10 @@ def train_autoencoder(
             "accuracy_sigma_0.3": accuracy(model, ids, noise_std=0.3, seed=training.seed),
         }
 
-    _fit(model, autoencoder_loss, evaluate, data, output, training, resume, world)
+    def loss(*arguments, **options) -> tuple[Tensor, dict[str, Tensor]]:
+        return autoencoder_loss(*arguments, **options, random_tokens=training.random_tokens)
+
+    _fit(model, loss, evaluate, data, output, training, resume, world)
     return model
 
 

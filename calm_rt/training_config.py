@@ -38,6 +38,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
     precision: str = "auto"  # "fp32", "bf16" (autocast), or whichever is faster here, measured once
+    random_tokens: float = 0.0  # share of the autoencoder's tokens made random, to learn rare ones
     num_targets: int = 100  # M, target draws of the energy score
     seed: int = 0
     log_every: int = 10
@@ -75,6 +76,8 @@ class TrainingConfig:
             all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)", self.betas
         )
         check(self.clip_norm > 0, "clip_norm", "a positive number", self.clip_norm)
+        share = 0 <= self.random_tokens < 1
+        check(share, "random_tokens", "a share in [0, 1)", self.random_tokens)
         check(self.num_targets >= 1, "num_targets", "at least 1", self.num_targets)
         check(
             self.minutes is None or self.minutes > 0, "minutes", "a positive number", self.minutes

@@ -10,7 +10,10 @@
 #include "build_info.h"
 #include "common/isa.h"
 #include "ops/energy_score.h"
+#include "ops/linear_argmax.h"
+#include "ops/linear_cross_entropy.h"
 #include "ops/noise.h"
+#include "ops/select_patch.h"
 
 namespace calm_rt {
 
@@ -36,6 +39,12 @@ STABLE_TORCH_LIBRARY(calm_rt, m) {
       "energy_score(Tensor x, Tensor mean, Tensor log_std, Tensor seed, Tensor rows, int num_targets, float beta, "
       "bool need_grad_x, bool need_grad_target) -> (Tensor score, Tensor diversity, Tensor fidelity, Tensor grad_x, "
       "Tensor grad_mean, Tensor grad_log_std)");
+  m.def("linear_argmax(Tensor hidden, Tensor weight) -> Tensor");
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? scale, int ignore_index, "
+      "int max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight) -> (Tensor total, Tensor loss, "
+      "Tensor grad_hidden, Tensor grad_weight)");
+  m.def("select_patch(Tensor tokens, Tensor seed, Tensor rows, int n) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(calm_rt, CompositeExplicitAutograd, m) {
@@ -46,12 +55,18 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(calm_rt, CPU, m) {
   m.impl("noise", TORCH_BOX(&calm_rt::noise<calm_rt::Cpu>));
   m.impl("energy_score", TORCH_BOX(&calm_rt::energy_score<calm_rt::Cpu>));
+  m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cpu>));
+  m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cpu>));
+  m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cpu>));
 }
 
 #ifdef CALM_RT_CUDA
 STABLE_TORCH_LIBRARY_IMPL(calm_rt, CUDA, m) {
   m.impl("noise", TORCH_BOX(&calm_rt::noise<calm_rt::Cuda>));
   m.impl("energy_score", TORCH_BOX(&calm_rt::energy_score<calm_rt::Cuda>));
+  m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cuda>));
+  m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cuda>));
+  m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cuda>));
 }
 #endif
 

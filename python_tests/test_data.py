@@ -236,7 +236,13 @@ def test_held_out_batches(shards):
     batches = list(shards.held_out_batches(3, BLOCK))
     assert torch.equal(torch.cat(batches).flatten(), tokens[: len(tokens) // BLOCK * BLOCK])
     assert {len(ids) for ids in batches[:-1]} == {3}
-    assert len(list(shards.held_out_batches(3, BLOCK, limit=1))) == 1
+
+
+def test_limited_held_out_batches_are_spread(shards):
+    whole = torch.cat(list(shards.held_out_batches(3, BLOCK)))
+    [limited] = shards.held_out_batches(3, BLOCK, limit=1)
+    assert torch.equal(limited, whole[[0, len(whole) // 3, 2 * len(whole) // 3]])
+    assert torch.equal(torch.cat(list(shards.held_out_batches(3, BLOCK, limit=10**6))), whole)
 
 
 @given(st.integers(1, 300), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40))

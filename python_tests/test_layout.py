@@ -1,4 +1,4 @@
-"""The tree is complete: an op that exists somewhere exists everywhere, and files keep their shape."""
+"""The tree is complete: an op that exists somewhere exists everywhere; files keep their shape."""
 
 import inspect
 import re

@@ -67,6 +67,17 @@ def test_autoencoder_loss_is_the_paper_s(autoencoder):
     torch.testing.assert_close(metrics["kl"], kl.detach().sum(-1).mean(), rtol=1e-6, atol=0)
 
 
+def test_random_tokens_are_learnt_too(autoencoder):
+    """A third of the tokens becomes any token, in input and target alike."""
+    options = {"distribution": "uniform"}
+    stream = Stream.TOKEN_MASK
+    _, chosen, token = reference.noise(SEED, ROWS, 3, PATCH, stream, **options)
+    ids = torch.where(chosen < 1 / 3, (token * VOCABULARY).long(), IDS.view(-1, PATCH)).view(3, -1)
+    assert 0.2 < (ids != IDS).double().mean() < 0.5
+    replaced, _ = autoencoder_loss(autoencoder, IDS, seed=5, rows=ROWS, random_tokens=1 / 3)
+    assert replaced == autoencoder_loss(autoencoder, ids, seed=5, rows=ROWS)[0]
+
+
 def test_energy_loss_is_the_paper_s(model):
     rows = ROWS.view(3, 4)[:, 1:].flatten()
     mean, log_std = model.ae_model.encode(IDS[:, PATCH:])

@@ -95,6 +95,19 @@ def test_a_broken_extension_warns_once_with_both_versions(copy: Path) -> None:
     assert "does not load" in json.loads(result.stdout)["missing"]
 
 
+def test_an_older_extension_lacks_an_op_and_says_so() -> None:
+    program = (
+        "import torch, calm_rt; from calm_rt import _native, ops, testing;"
+        "_native._registered.remove('energy_score');"
+        "case = next(c for c in testing.CASES if c.op == 'energy_score');"
+        "ops.energy_score(**case.make()); print(calm_rt.info()['ops']['energy_score']['cpu']);"
+        "_native.register('no_such_op', print)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "older than this package and lacks energy_score" in result.stdout
+
+
 def test_info_is_plain_data_and_says_why() -> None:
     report = json.loads(json.dumps(calm_rt.info()))
     assert set(report["ops"]) == set(ops.__all__)
@@ -104,12 +117,23 @@ def test_info_is_plain_data_and_says_why() -> None:
     assert report["build"]["isa"] in report["build"]["instruction_sets"].split(";")
 
 
-def test_importing_opens_no_connection(tmp_path: Path) -> None:
+def test_importing_opens_no_connection() -> None:
     program = (
         "import socket\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"
         "socket.socket.connect = refuse\n"
         "import calm_rt; calm_rt.info()"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names_exist_and_the_import_is_light() -> None:
+    program = (
+        "import sys, calm_rt;"
+        "heavy = {'sentencepiece', 'matplotlib', 'tokenizers', 'transformers'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
+        "[getattr(calm_rt, name) for name in calm_rt.__all__]"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -2,7 +2,8 @@
 
     python python_tests/wheel_matrix.py [PYTHON TORCH ...]
 
-Each pair is an interpreter and a torch requirement, e.g. python3.12 torch==2.11.0. Every environment
+Each pair is an interpreter and a torch requirement, e.g. python3.12 torch==2.11.0. Every
+environment
 is a fresh one outside the checkout; there the package must load its extension, run its kernel and
 agree with the reference. Downloads several GB for the CUDA builds of torch.
 """
@@ -15,7 +16,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "wheels"
-MATRIX = ["python3.11", "torch==2.13.0", "python3.11", "torch==2.14.1", "python3.12", "torch==2.11.0"]
+MATRIX = [
+    "python3.11",
+    "torch==2.13.0",
+    "python3.11",
+    "torch==2.14.1",
+    "python3.12",
+    "torch==2.11.0",
+]
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so")
 
 SMOKE = """
@@ -28,11 +36,13 @@ for backend in ("native", "reference"):
     arguments = case.make()
     with calm_rt.backend(backend):
         score = ops.energy_score(**arguments)
-    results[backend] = [score.detach(), *torch.autograd.grad(score.sum(), [arguments[n] for n in case.gradients])]
+    leaves = [arguments[name] for name in case.gradients]
+    results[backend] = [score.detach(), *torch.autograd.grad(score.sum(), leaves)]
 torch.testing.assert_close(results["native"], results["reference"], rtol=1e-4, atol=1e-5)
 build = _native.build_info()
-print("ok", sys.version.split()[0], "torch", torch.__version__, "built against", build["built_against_torch"],
-      "cuda", build["cuda"] or "no", "torch has cuda", torch.version.cuda, "usable", torch.ops.calm_rt.has_cuda())
+print(f"ok: python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+print(f"    built against {build['built_against_torch']} with CUDA {build['cuda'] or None},",
+      f"CUDA kernels usable: {torch.ops.calm_rt.has_cuda()}")
 """
 
 
@@ -57,7 +67,9 @@ def try_wheel(wheel: Path, python: str, torch: str) -> str:
     run(python, "-m", "venv", "--clear", venv)
     run(venv / "bin/pip", "install", "-q", torch, wheel)
     outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = run(venv / "bin/python", "-c", SMOKE, cwd=venv, env=outside, capture_output=True, text=True)
+    result = run(
+        venv / "bin/python", "-c", SMOKE, cwd=venv, env=outside, capture_output=True, text=True
+    )
     return result.stdout.strip()
 
 

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_decoder, check_device, check_float
+from calm_rt.ops.linear_argmax import linear_argmax
 from calm_rt.reference import DecoderWeights
 
 
@@ -22,4 +23,5 @@ def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Te
     check_decoder(weights, latents.shape[1])
     check_device(latents.device, vocabulary=weights.vocabulary)
     _native.reference_only("decode")
-    return reference.decode(latents, weights, eps)
+    hidden = reference.decode_hidden(latents, weights, eps)  # [R, K, H]
+    return linear_argmax(hidden.flatten(0, 1), weights.vocabulary).view(hidden.shape[:2])

@@ -110,8 +110,4 @@ def _backward(ctx, grad_score, *_):
     return grad_x, grad_mean, grad_log_std, None, None, None, None, None, None
 
 
-if _native.loaded():
-    torch.library.register_fake("calm_rt::energy_score", _fake)
-    torch.library.register_autograd(
-        "calm_rt::energy_score", _backward, setup_context=_setup_context
-    )
+_native.register("energy_score", _fake, _backward, _setup_context)

@@ -1,11 +1,29 @@
 """Cross-entropy of a vocabulary projection: the autoencoder's reconstruction loss."""
 
+import torch
 from torch import Tensor
 
 from calm_rt import _native, reference
-from calm_rt.ops.check import check, check_device, check_float, check_int64, check_shape
+from calm_rt.ops.check import (
+    check,
+    check_device,
+    check_float,
+    check_ids,
+    check_int64,
+    check_shape,
+    may_look,
+)
+
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 REDUCTIONS = ("mean", "sum", "none")
+
+# Bytes of logits at a time, by device. Fewer rows mean that the weight and its gradient, which are
+# much larger than a row of hidden states, travel more often.
+WORKSPACE_BYTES = {"cpu": 192 << 20, "cuda": 1 << 30}
 
 
 def linear_cross_entropy(
@@ -16,20 +34,31 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     denominator: Tensor | None = None,
+    max_workspace_bytes: int | None = None,
 ) -> Tensor:
     """-log softmax(weight hidden_r)[target_r], reduced over the rows.
 
     hidden: [R, H].
-    weight: [V, H].
+    weight: [V, H], V at least 1.
     target: [R] int64, token ids; rows with ignore_index count nothing.
     reduction: "mean", "sum" or "none".
-    denominator: [], what "mean" divides by; None for the number of rows that are not ignored.
-    returns: [] for "mean" and "sum", [R] for "none"; nats, float32 for 16-bit inputs.
-    Raises ValueError for other shapes, types or devices, or an unknown reduction.
+    denominator: [], what "mean" divides by; None for the number of rows that are not ignored. The
+        mean over nothing is NaN, as in torch.
+    max_workspace_bytes: of the logits that exist at a time, at least one row of V; None for 192 MB
+        on a CPU and 1 GB on a GPU. The gradients differ in rounding between budgets.
+    returns: [] for "mean" and "sum", [R] for "none"; nats, float32 for 16-bit inputs; once
+        differentiable in hidden and weight.
+    Memory: no [R, V] logits. For "mean" and "sum" the gradients are computed in the forward and
+        kept, [R, H] and [V, H] in float32 (float64 for float64 inputs); for "none", where they
+        depend on what comes back, in the backward.
+    Under torch.autocast hidden and weight are cast as F.linear casts them.
+    Raises ValueError for other shapes, types or devices, or an unknown reduction; IndexError for a
+    target outside the vocabulary in eager code on a CPU, elsewhere the kernel gives NaN for it.
     Source: the loss of the official Autoencoder.forward.
     """
     check_shape("hidden", hidden, R=None, H=None)
     check_shape("weight", weight, V=None, H=hidden.shape[1])
+    check(weight.shape[0] >= 1, "weight", "at least one row", list(weight.shape))
     check_shape("target", target, R=hidden.shape[0])
     check_float("hidden", hidden)
     check_float("weight", weight)
@@ -37,15 +66,112 @@ def linear_cross_entropy(
     check_device(hidden.device, weight=weight, target=target)
     check(reduction in REDUCTIONS, "reduction", f"one of {REDUCTIONS}", repr(reduction))
     if denominator is not None:
-        check(
-            reduction == "mean",
-            "denominator",
-            "None unless reduction is 'mean'",
-            f"reduction {reduction!r}",
-        )
+        expected, got = "None unless reduction is 'mean'", f"reduction {reduction!r}"
+        check(reduction == "mean", "denominator", expected, got)
         check_shape("denominator", denominator)
         check_device(hidden.device, denominator=denominator)
-    _native.reference_only("linear_cross_entropy")
-    return reference.linear_cross_entropy(
-        hidden, weight, target, ignore_index, reduction, denominator
+    if max_workspace_bytes is None:
+        max_workspace_bytes = WORKSPACE_BYTES.get(hidden.device.type, WORKSPACE_BYTES["cuda"])
+    check(max_workspace_bytes > 0, "max_workspace_bytes", "more than 0", max_workspace_bytes)
+    if may_look(target):
+        check_ids("target", target[target != ignore_index], weight.shape[0])
+
+    hidden, weight = _one_dtype(hidden, weight)
+    if not _native.use_native("linear_cross_entropy", hidden, hidden.dtype, DTYPES):
+        return reference.linear_cross_entropy(
+            hidden, weight, target, ignore_index, reduction, denominator
+        )
+    # Rows that all count the same have their gradient ready before anything comes back.
+    ready = torch.is_grad_enabled() and reduction != "none"
+    total, loss, _, _ = torch.ops.calm_rt.linear_cross_entropy(
+        hidden,
+        weight,
+        target,
+        None,
+        ignore_index,
+        max_workspace_bytes,
+        ready and hidden.requires_grad,
+        ready and weight.requires_grad,
     )
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return total
+    return total / ((target != ignore_index).sum() if denominator is None else denominator)
+
+
+def _one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the type that the product is taken in."""
+    dtype, device = torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _fake(
+    hidden,
+    weight,
+    target,
+    scale,
+    ignore_index,
+    max_workspace_bytes,
+    need_grad_hidden,
+    need_grad_weight,
+):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=wide),
+        hidden.new_empty(hidden.shape if need_grad_hidden else (0,), dtype=wide),
+        weight.new_empty(weight.shape if need_grad_weight else (0,), dtype=wide),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, target, _, *options, need_grad_hidden, need_grad_weight = inputs
+    total, loss, grad_hidden, grad_weight = output
+    ctx.set_materialize_grads(False)
+    ctx.options, ctx.dtype = options, hidden.dtype
+    ctx.ready = need_grad_hidden or need_grad_weight
+    if ctx.ready:  # the total is differentiable, with these gradients
+        ctx.mark_non_differentiable(loss, grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+    else:  # each row's loss is, with gradients that are yet to be computed
+        ctx.mark_non_differentiable(total, grad_hidden, grad_weight)
+        ctx.save_for_backward(hidden, weight, target)
+
+
+def _backward(ctx, grad_total, grad_loss, *_):
+    if torch.is_grad_enabled():  # create_graph=True: the saved gradient knows nothing of hidden
+        raise RuntimeError(
+            "linear_cross_entropy: the kernel's gradient cannot be differentiated again; "
+            'use calm_rt.backend("reference")'
+        )
+    needs, gradients = ctx.needs_input_grad[:2], (None, None)
+    if ctx.ready and grad_total is not None:
+        gradients = [
+            _scaled(saved, grad_total, ctx.dtype) if need else None
+            for saved, need in zip(ctx.saved_tensors, needs, strict=True)
+        ]
+    elif not ctx.ready and grad_loss is not None:
+        outputs = torch.ops.calm_rt.linear_cross_entropy(
+            *ctx.saved_tensors, grad_loss, *ctx.options, *needs
+        )
+        gradients = [
+            wide.to(ctx.dtype) if need else None
+            for wide, need in zip(outputs[2:], needs, strict=True)
+        ]
+    return *gradients, None, None, None, None, None, None
+
+
+def _scaled(saved: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved * scale in dtype, an eighth at a time so that no second float32 gradient exists."""
+    if saved.dtype == dtype:
+        return saved * scale
+    scaled = torch.empty_like(saved, dtype=dtype)
+    for out, part in zip(scaled.chunk(8), saved.chunk(8), strict=True):
+        out.copy_(part * scale)
+    return scaled
+
+
+_native.register("linear_cross_entropy", _fake, _backward, _setup_context)

@@ -47,8 +47,8 @@ def noise(
     )
 
 
-if _native.loaded():
+def _fake(seed, rows, num_draws, length, stream, normal, dtype):
+    return rows.new_empty((num_draws, rows.shape[0], length), dtype=dtype)
 
-    @torch.library.register_fake("calm_rt::noise")
-    def _(seed, rows, num_draws, length, stream, normal, dtype):
-        return rows.new_empty((num_draws, rows.shape[0], length), dtype=dtype)
+
+_native.register("noise", _fake)

@@ -1,9 +1,12 @@
 """Sampling below temperature 1: the choice of one patch from a pool of draws."""
 
+import torch
 from torch import Tensor
 
 from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_int64, check_shape, seed_and_rows
+
+DTYPES = {"cpu": (torch.int64,), "cuda": (torch.int64,)}
 
 
 def select_patch(
@@ -15,22 +18,28 @@ def select_patch(
     largest m <= n that any patch reaches.
 
     tokens: [B, S, K] int64, a pool of S candidate patches for each context.
-    n: at least 1.
+    n: at least 1; from S on the most frequent patches compete alone.
     seed: an int, or [] int64 (under torch.compile and in CUDA graphs).
     rows: [B] int64, logical row ids, on which a row's choice depends; None for 0 .. B-1.
-    returns: [B] int64, the index in the pool of the chosen patch's first occurrence.
+    returns: [B] int64, the index in the pool of the chosen patch's first occurrence; the same on
+        every device.
     Raises ValueError for other shapes or types, an empty pool or n below 1.
     Source: paper algorithm 2, the official CALM.temperature_sampling.
     """
     check_shape("tokens", tokens, B=None, S=None, K=None)
     check_int64("tokens", tokens)
-    check(
-        tokens.shape[1] >= 1,
-        "tokens",
-        "at least one candidate in shape [B, S, K]",
-        list(tokens.shape),
-    )
-    check(n >= 1, "n", "at least 1", n)
+    pool = tokens.shape[1]
+    check(pool >= 1, "tokens", "at least one candidate in shape [B, S, K]", list(tokens.shape))
+    check(isinstance(n, int) and n >= 1, "n", "an int, at least 1", n)
+    n = min(n, pool)  # no patch can occur more often
     seed, rows = seed_and_rows(seed, rows, tokens.shape[0], tokens.device)
-    _native.reference_only("select_patch")
-    return reference.select_patch(tokens, n, seed, rows)
+    if not _native.use_native("select_patch", tokens, torch.int64, DTYPES):
+        return reference.select_patch(tokens, n, seed, rows)
+    return torch.ops.calm_rt.select_patch(tokens, seed, rows, n)
+
+
+def _fake(tokens, seed, rows, n):
+    return tokens.new_empty(tokens.shape[0])
+
+
+_native.register("select_patch", _fake)

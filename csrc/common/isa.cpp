@@ -29,6 +29,14 @@ Isa isa() {
   return chosen;
 }
 
+bool has_bfloat16_products() {
+#ifdef __x86_64__
+  return isa() == Isa::kAvx512 && (__builtin_cpu_supports("avx512bf16") || __builtin_cpu_supports("amx-bf16"));
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::kAvx512:

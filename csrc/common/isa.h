@@ -9,4 +9,7 @@ enum class Isa { kPortable, kAvx2, kAvx512 };
 Isa isa();
 const char* isa_name(Isa isa);
 
+// Whether bfloat16 products are instructions here, so that the library multiplies bfloat16 faster than float.
+bool has_bfloat16_products();
+
 }  // namespace calm_rt

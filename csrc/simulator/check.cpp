@@ -3,56 +3,28 @@
 //
 // Exits with 1 and a line per mismatch. Built plain, with AddressSanitizer and with ThreadSanitizer (a race is its exit
 // status 66).
-#include <cmath>
+#include "simulator/check.h"
+
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <stdexcept>
-#include <vector>
 
 #include "common/philox.h"
-#include "kernels/energy_score.h"
 #include "kernels/noise.h"
-#include "simulator/simulator.h"
 
 namespace calm_rt {
-namespace {
 
-constexpr double kRounding = 0x1p-24;  // of a float
-constexpr double kUnits = 16;          // roundings that a bound allows each of its terms
-constexpr uint32_t kSchedules = 3;
-int mismatches = 0;
+static int mismatches = 0;
 
 void check(bool holds, const char* what, const char* kernel, int64_t index, double value, double expected) {
   if (holds) return;
   if (++mismatches <= 20) std::printf("%s: %s[%ld] is %.9g, expected %.9g\n", kernel, what, index, value, expected);
 }
 
-// ---- element types ----
-
-float widen(float x) { return x; }
-float widen(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
-float widen(half x) { return static_cast<float>(__builtin_bit_cast(_Float16, x.bits)); }
-
-// Any value of the type near x will do.
-template <class T>
-T convert(float x) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return x;
-  } else if constexpr (std::is_same_v<T, bfloat16>) {
-    return {static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16)};
-  } else {
-    return {__builtin_bit_cast(uint16_t, static_cast<_Float16>(x))};
-  }
+float random_value() {
+  static uint32_t state = 1;
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f;
 }
-
-template <class T>
-constexpr double kOutputRounding = std::is_same_v<T, float>      ? 0
-                                   : std::is_same_v<T, bfloat16> ? 0x1p-8
-                                                                 : 0x1p-11;
-constexpr double kSmallest = 0x1p-24;  // half's least step, for values that a 16-bit gradient cannot hold
-
-// ---- random numbers ----
 
 double reference_noise(bool normal, int64_t seed, int64_t row, int64_t draw, int64_t position, uint32_t stream) {
   const PhiloxWords words =
@@ -64,23 +36,7 @@ double reference_noise(bool normal, int64_t seed, int64_t row, int64_t draw, int
   return radius * (position % 2 == 0 ? std::cos(angle) : std::sin(angle));
 }
 
-uint32_t state = 1;
-float random_value() {  // in [-1, 1)
-  state = state * 1664525u + 1013904223u;
-  return static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f;
-}
-
-// Outputs are compared bit by bit between schedules.
-template <class Value>
-void check_same(const std::vector<Value>& value, std::vector<Value>& first, uint32_t schedule, const char* what,
-                const char* kernel) {
-  if (schedule == 0) first = value;
-  if (!value.empty() && std::memcmp(value.data(), first.data(), value.size() * sizeof(Value)) != 0) {
-    check(false, what, kernel, -1, schedule, 0);
-  }
-}
-
-void check_noise(int64_t draws, int64_t rows, int64_t length, bool normal) {
+static void check_noise(int64_t draws, int64_t rows, int64_t length, bool normal) {
   const int64_t seed = 0x123456789ABCDEF;
   std::vector<int64_t> ids;
   for (int64_t r = 0; r < rows; ++r) ids.push_back((r << 32) + 3 * r + 1);
@@ -99,170 +55,21 @@ void check_noise(int64_t draws, int64_t rows, int64_t length, bool normal) {
   }
 }
 
-// ---- energy score ----
-
-struct Shape {
-  int64_t draws, targets, rows, length;
-  double beta;
-  bool grad_x = true, grad_target = true;
-};
-
-template <class T>
-struct Results {
-  std::vector<float> score, diversity, fidelity, grad_mean, grad_log_std;
-  std::vector<T> grad_x;
-};
-
-// A value and the sum of the absolute terms that rounding errors are in proportion to.
-struct Bounded {
-  double value = 0, scale = 0;
-  void add(double term, double size) {
-    value += term;
-    scale += size;
-  }
-};
-
-template <class T>
-void check_row(const Shape& shape, const std::vector<T>& x, const std::vector<float>& mean,
-               const std::vector<float>& log_std, int64_t seed, int64_t id, int64_t row, const Results<T>& got) {
-  const int64_t S = shape.draws, M = shape.targets, R = shape.rows, L = shape.length;
-  Bounded diversity, fidelity;
-  std::vector<Bounded> grad_x(S * L), grad_mean(L), grad_log_std(L);
-  std::vector<double> y(L), delta(L);
-  for (int64_t t = 0; t < S + M; ++t) {
-    double y_norm = 0;
-    for (int64_t l = 0; l < L; ++l) {
-      const double eps = t < S ? 0 : reference_noise(true, seed, id, t - S, l, kTarget);
-      delta[l] = std::exp(static_cast<double>(log_std[row * L + l])) * eps;
-      y[l] = t < S ? widen(x[(t * R + row) * L + l]) : mean[row * L + l] + delta[l];
-      y_norm += std::pow(std::fabs(y[l]) + std::fabs(delta[l]), 2);
-    }
-    const double scale = t < S ? 2.0 / (S * (S - 1)) : -2.0 / (S * M);
-    for (int64_t i = 0; i < S; ++i) {
-      double squared = 0, x_norm = 0;
-      for (int64_t l = 0; l < L; ++l) {
-        const double value = widen(x[(i * R + row) * L + l]);
-        squared += (value - y[l]) * (value - y[l]);
-        x_norm += value * value;
-      }
-      if (squared == 0) continue;
-      const double distance = std::sqrt(squared), weight = scale * shape.beta * std::pow(distance, shape.beta - 2);
-      // an error of the vectors' own size moves the distance, and with it power and weight
-      const double shift = std::sqrt(x_norm) + std::sqrt(y_norm) + distance;
-      (t < S ? diversity : fidelity)
-          .add(std::pow(distance, shape.beta),
-               shape.beta * std::pow(distance, shape.beta - 1) * shift + std::pow(distance, shape.beta));
-      for (int64_t l = 0; l < L; ++l) {
-        const double term = weight * (widen(x[(i * R + row) * L + l]) - y[l]);
-        grad_x[i * L + l].add(term, std::fabs(weight) * shift);
-        if (t < S) continue;
-        grad_mean[l].add(-term, std::fabs(weight) * shift);
-        grad_log_std[l].add(-term * delta[l],
-                            std::fabs(weight * delta[l]) * shift + std::fabs(term) * std::fabs(delta[l]));
-      }
-    }
-  }
-  const char* kernel = "energy_score";
-  auto near = [&](const char* what, int64_t index, double value, const Bounded& expected, double divisor = 1,
-                  double output = 0) {
-    const double wanted = expected.value / divisor;
-    const double bound = kUnits * kRounding * expected.scale / divisor + output * (std::fabs(wanted) + kSmallest);
-    check(std::fabs(value - wanted) <= bound, what, kernel, index, value, wanted);
-  };
-  near("diversity", row, got.diversity[row], diversity, S * (S - 1));
-  near("fidelity", row, got.fidelity[row], fidelity, S * M);
-  const double score = static_cast<double>(got.diversity[row]) - 2 * static_cast<double>(got.fidelity[row]);
-  check(std::fabs(got.score[row] - score) <= kRounding * std::fabs(score), "score", kernel, row, got.score[row], score);
-  for (int64_t l = 0; l < L; ++l) {
-    const int64_t at = row * L + l;
-    for (int64_t i = 0; i < S && shape.grad_x; ++i) {
-      near("grad_x", i * R * L + at, widen(got.grad_x[i * R * L + at]), grad_x[i * L + l], 1, kOutputRounding<T>);
-    }
-    if (!shape.grad_target) continue;
-    near("grad_mean", at, got.grad_mean[at], grad_mean[l]);
-    near("grad_log_std", at, got.grad_log_std[at], grad_log_std[l]);
-  }
-}
-
-template <class T>
-void check_energy_score(const Shape& shape) {
-  const int64_t S = shape.draws, R = shape.rows, L = shape.length, seed = -7;
-  std::vector<T> x;
-  std::vector<float> mean, log_std;
-  std::vector<int64_t> ids;
-  for (int64_t i = 0; i < S * R * L; ++i) x.push_back(convert<T>(2 * random_value()));
-  for (int64_t l = 0; l < L; ++l) x[(S - 1) * R * L + l] = x[l];  // two equal draws in row 0
-  for (int64_t i = 0; i < R * L; ++i) mean.push_back(random_value());
-  for (int64_t i = 0; i < R * L; ++i) log_std.push_back(random_value() - 1);
-  for (int64_t r = 0; r < R; ++r) ids.push_back((r + 1) << 33 | r);
-  Results<T> first;
-  for (uint32_t schedule = 0; schedule < kSchedules; ++schedule) {
-    simulator::set_schedule(schedule);
-    Results<T> got;
-    got.score.resize(R, NAN);
-    got.diversity.resize(R, NAN);
-    got.fidelity.resize(R, NAN);
-    if (shape.grad_x) got.grad_x.resize(S * R * L, convert<T>(NAN));
-    if (shape.grad_target) got.grad_mean.resize(R * L, NAN);
-    if (shape.grad_target) got.grad_log_std.resize(R * L, NAN);
-    launch(Cuda{}, EnergyScore<T>{.x = x.data(),
-                                  .mean = mean.data(),
-                                  .log_std = log_std.data(),
-                                  .seed = &seed,
-                                  .rows = ids.data(),
-                                  .score = got.score.data(),
-                                  .diversity = got.diversity.data(),
-                                  .fidelity = got.fidelity.data(),
-                                  .grad_x = shape.grad_x ? got.grad_x.data() : nullptr,
-                                  .grad_mean = shape.grad_target ? got.grad_mean.data() : nullptr,
-                                  .grad_log_std = shape.grad_target ? got.grad_log_std.data() : nullptr,
-                                  .num_draws = S,
-                                  .num_rows = R,
-                                  .size = L,
-                                  .num_targets = shape.targets,
-                                  .beta = shape.beta});
-    for (int64_t row = 0; row < R && schedule == 0; ++row) check_row(shape, x, mean, log_std, seed, ids[row], row, got);
-    check_same(got.score, first.score, schedule, "score differs under schedule", "energy_score");
-    check_same(got.grad_x, first.grad_x, schedule, "grad_x differs under schedule", "energy_score");
-    check_same(got.grad_mean, first.grad_mean, schedule, "grad_mean differs under schedule", "energy_score");
-    check_same(got.grad_log_std, first.grad_log_std, schedule, "grad_log_std differs under schedule", "energy_score");
-  }
-}
-
-void check_all() {
+void check_noise() {
   check_noise(3, 5, 8, true);
   check_noise(2, 3, 7, true);
   check_noise(4, 70, 1, false);
-  const Shape shapes[] = {
-      {2, 1, 1, 1, 1.0},                   // the least
-      {3, 5, 5, 7, 0.5},                   // rows that are not packed, a short tile of 4
-      {8, 6, 6, 128, 1.0},                 // full warps, more rows than warps in a block
-      {9, 4, 2, 36, 2.0},                  // two tiles of 8
-      {4, 3, 2, 130, 1.5},                 // two groups a lane
-      {6, 3, 1, 256, 1.0},                 //
-      {5, 7, 2, 257, 1.0},                 // a block a row
-      {9, 250, 1, 260, 1.0},               // more targets than shared memory holds weights for
-      {2, 3, 1, 1030, 0.7},                // two panels
-      {3, 254, 1, 1030, 1.0},              // and both
-      {4, 3, 2, 20, 1.0, true, false},     // only one of the gradients, or none
-      {4, 3, 2, 20, 1.0, false, true},     //
-      {4, 3, 2, 20, 1.0, false, false},    //
-      {3, 3, 1, 300, 1.0, true, false},    //
-      {3, 3, 1, 1028, 1.0, false, false},  //
-  };
-  for (const Shape& shape : shapes) check_energy_score<float>(shape);
-  for (int64_t length : {5, 128, 260}) {
-    check_energy_score<bfloat16>({5, 3, 2, length, 1.0});
-    check_energy_score<half>({5, 3, 2, length, 1.0});
-  }
 }
 
-}  // namespace
 }  // namespace calm_rt
 
 int main() {
   try {
-    calm_rt::check_all();
+    calm_rt::check_noise();
+    calm_rt::check_energy_score();
+    calm_rt::check_linear_argmax();
+    calm_rt::check_linear_cross_entropy();
+    calm_rt::check_select_patch();
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;

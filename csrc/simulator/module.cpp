@@ -3,7 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "ops/energy_score.h"
+#include "ops/linear_argmax.h"
+#include "ops/linear_cross_entropy.h"
 #include "ops/noise.h"
+#include "ops/select_patch.h"
 #include "simulator/simulator.h"
 
 namespace calm_rt {
@@ -22,6 +25,12 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
       "energy_score(Tensor x, Tensor mean, Tensor log_std, Tensor seed, Tensor rows, int num_targets, float beta, "
       "bool need_grad_x, bool need_grad_target) -> (Tensor score, Tensor diversity, Tensor fidelity, Tensor grad_x, "
       "Tensor grad_mean, Tensor grad_log_std)");
+  m.def("select_patch(Tensor tokens, Tensor seed, Tensor rows, int n) -> Tensor");
+  m.def("linear_argmax(Tensor hidden, Tensor weight) -> Tensor");
+  m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? scale, int ignore_index, "
+      "int max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight) -> (Tensor total, Tensor loss, "
+      "Tensor grad_hidden, Tensor grad_weight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CompositeExplicitAutograd, m) {
@@ -31,6 +40,9 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CPU, m) {
   m.impl("noise", TORCH_BOX(&calm_rt::noise<calm_rt::Cuda>));
   m.impl("energy_score", TORCH_BOX(&calm_rt::energy_score<calm_rt::Cuda>));
+  m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cuda>));
+  m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cuda>));
+  m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cuda>));
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__simulator() {

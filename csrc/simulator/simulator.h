@@ -112,6 +112,9 @@ inline uint32_t __ballot_sync(uint32_t mask, bool value, std::source_location si
   return static_cast<uint32_t>(calm_rt::simulator::warp_collective(Collective::kBallot, mask, value, 0, site));
 }
 
+// 1 for the lowest bit
+inline int __ffs(int word) { return __builtin_ffs(word); }
+
 using std::max;
 using std::min;
 

@@ -95,6 +95,42 @@ CALM_INLINE void narrow(float x, bfloat16* out) {  // to nearest even; NaN stays
 }
 CALM_INLINE void narrow(float x, half* out) { out->bits = __builtin_bit_cast(uint16_t, static_cast<_Float16>(x)); }
 
+// kLanes elements of a 16-bit type as floats, and back.
+CALM_INLINE Float load(const bfloat16* p) {
+  uint16_t bits __attribute__((vector_size(2 * kLanes)));
+  std::memcpy(&bits, p, sizeof bits);
+  return reinterpret_cast<Float>(__builtin_convertvector(bits, Word) << 16);
+}
+CALM_INLINE void store(bfloat16* p, Float v) {
+  typedef uint16_t Short __attribute__((vector_size(2 * kLanes)));
+  const Word bits = reinterpret_cast<Word>(v);
+  const Word rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Short out = __builtin_convertvector(v == v ? rounded : (bits >> 16 | 0x40u), Short);
+  std::memcpy(p, &out, sizeof out);
+}
+CALM_INLINE Float load(const half* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Float>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Float v;
+  for (int i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+CALM_INLINE void store(half* p, Float v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) narrow(v[i], p + i);
+#endif
+}
+
 // ---- arithmetic ----
 
 CALM_INLINE Float select(Int mask, Float a, Float b) { return mask ? a : b; }
@@ -155,6 +191,27 @@ CALM_INLINE Float logarithm(Float x) {
 }
 CALM_INLINE double logarithm(double x) { return __builtin_log(x); }
 
+// e^x for any x, within 1 ulp, also where the result is subnormal, 0, infinite or NaN (coefficients of Cephes' expf).
+CALM_INLINE Float exponential(Float x) {
+  x = select(x > splat<Float>(89.f), splat<Float>(89.f), x);  // infinite from 88.73 on
+  x = select(x < splat<Float>(-104.f), splat<Float>(-104.f), x);
+  Float n = round_to_even(x * 1.44269504f);
+  Float near = x - n * 0.693359375f;  // exact
+  Float r = near - n * -2.12194440e-4f;
+  Float lost = (near - r) - n * -2.12194440e-4f;  // what rounding r has lost
+  Float p = splat<Float>(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  Float y = 1.f + (r + (p * (r * r) + lost));
+  Int power = __builtin_convertvector(n, Int), half_power = power >> 1;  // 2^n in two steps, either of them normal
+  y *= reinterpret_cast<Float>((half_power + 127) << 23);
+  return y * reinterpret_cast<Float>((power - half_power + 127) << 23);
+}
+CALM_INLINE double exponential(double x) { return __builtin_exp(x); }
+
 // sin(2 pi u) and cos(2 pi u) for u in [0, 1): the reduction to a quarter turn is exact, the error below 1e-7.
 CALM_INLINE void sin_cos_turns(Float u, Float& sine, Float& cosine) {
   Float quarter = round_to_even(u * 4.f);
@@ -198,8 +255,8 @@ CALM_INLINE Float uniform(Word word) {
 }
 
 // The uniforms of groups group ... group + lanes - 1: value[j] lane i belongs to position 4 (group + i) + j.
-// Words live in the low halves of 64-bit lanes, even and odd groups apart, and the high halves hold what they may: the multiply
-// reads low halves only, so a product needs no unpacking.
+// Words live in the low halves of 64-bit lanes, even and odd groups apart, and the high halves hold what they may: the
+// multiply reads low halves only, so a product needs no unpacking.
 CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed,
                           Float (&value)[4]) {
   PhiloxWords first = philox_counter(group, stream, draw, row);
@@ -216,9 +273,9 @@ CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_
   for (int round = 0; round < 10; ++round) {
     for (int odd = 0; odd < 2; ++odd) {
       Pair p0 = multiply_low(c0[odd], multiplier0), p1 = multiply_low(c2[odd], multiplier1);
-      c0[odd] = (p1 >> 32) ^ c1[odd] ^ uint64_t{key0};
+      c0[odd] = (p1 >> 32) ^ c1[odd] ^ uint64_t { key0 };
       c1[odd] = p1;
-      c2[odd] = (p0 >> 32) ^ c3[odd] ^ uint64_t{key1};
+      c2[odd] = (p0 >> 32) ^ c3[odd] ^ uint64_t { key1 };
       c3[odd] = p0;
     }
     key0 += kPhiloxWeyl0;

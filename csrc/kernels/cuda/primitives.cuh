@@ -1,5 +1,6 @@
 // The instructions that plain C++ does not name, for the device and for the simulator, and the unit of work built on
-// them: four consecutive elements of a row, which one Philox counter makes and one thread reads and writes at once.
+// them: consecutive elements of a row that one thread reads and writes at once. Four of them are what one Philox
+// counter makes, eight are 16 bytes of a 16-bit type.
 #pragma once
 #include "common/cuda.cuh"
 #include "common/types.h"
@@ -7,14 +8,15 @@
 namespace calm_rt {
 
 constexpr int kFour = 4;
+constexpr int kEight = 8;
 
-// One load or store instruction.
-template <class T>
-struct alignas(kFour * sizeof(T)) Pack {
-  T value[kFour];
+// One load or store instruction, two for eight floats.
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T)) Pack {
+  T value[COUNT];
 };
 
-// ---- conversions, packs ----
+// ---- conversions, maximum, packs ----
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ void narrow(float x, float& out) { out = x; }
@@ -35,14 +37,21 @@ __device__ __forceinline__ void narrow(float x, bfloat16& out) {
 
 __device__ __forceinline__ void narrow(float x, half& out) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x)); }
 
-template <class T>
-__device__ __forceinline__ Pack<T> load_pack(const T* from) {
-  return *reinterpret_cast<const Pack<T>*>(from);
+// NaN where one of them is.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
 }
 
-template <class T>
-__device__ __forceinline__ void store_pack(const Pack<T>& pack, T* to) {
-  *reinterpret_cast<Pack<T>*>(to) = pack;
+template <int COUNT, class T>
+__device__ __forceinline__ Pack<T, COUNT> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, COUNT>*>(from);
+}
+
+template <class T, int COUNT>
+__device__ __forceinline__ void store_pack(const Pack<T, COUNT>& pack, T* to) {
+  *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
 }
 
 #else
@@ -63,69 +72,95 @@ __device__ __forceinline__ void narrow(float x, half& out) {
   out.bits = __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
 }
 
+__device__ __forceinline__ float max_nan(float a, float b) { return a != a || a > b ? a : b; }
+
 // Not by a cast as on the device: GCC 12 takes its alignment for granted where a kernel may also read single elements.
-template <class T>
-__device__ __forceinline__ Pack<T> load_pack(const T* from) {
-  simulator::check_aligned(from, alignof(Pack<T>));
-  Pack<T> pack;
+template <int COUNT, class T>
+__device__ __forceinline__ Pack<T, COUNT> load_pack(const T* from) {
+  simulator::check_aligned(from, alignof(Pack<T, COUNT>));
+  Pack<T, COUNT> pack;
   std::memcpy(&pack, from, sizeof pack);
   return pack;
 }
 
-template <class T>
-__device__ __forceinline__ void store_pack(const Pack<T>& pack, T* to) {
-  simulator::check_aligned(to, alignof(Pack<T>));
+template <class T, int COUNT>
+__device__ __forceinline__ void store_pack(const Pack<T, COUNT>& pack, T* to) {
+  simulator::check_aligned(to, alignof(Pack<T, COUNT>));
   std::memcpy(to, &pack, sizeof pack);
 }
 
 #endif
 
-// ---- four elements ----
+// ---- consecutive elements ----
 
-struct Four {
-  float value[kFour];
+template <int COUNT>
+struct Run {
+  float value[COUNT];
 };
+using Four = Run<kFour>;
 
-// Whether the groups of four of a [..., length] tensor can be read and written as packs; true for a null pointer.
-template <class T>
-bool is_packed(const T* tensor, int64_t length) {
-  return length % kFour == 0 && reinterpret_cast<uintptr_t>(tensor) % sizeof(Pack<T>) == 0;
+// The bfloat16 of words that hold two each, one instruction for each; element by element it takes two.
+template <int COUNT>
+__device__ __forceinline__ Run<2 * COUNT> widen_pairs(const Pack<uint32_t, COUNT>& words) {
+  Run<2 * COUNT> run;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const uint32_t both[2] = {words.value[i] << 16, words.value[i] & 0xFFFF0000u};
+    memcpy(run.value + 2 * i, both, sizeof both);
+  }
+  return run;
 }
 
-// Elements first ... first + 3 of a row, zeros beyond its length.
-template <class T>
-__device__ __forceinline__ Four load_four(const T* row, int64_t first, int64_t length, bool packed) {
-  Four four{};
+// Whether the groups of COUNT of a [..., length] tensor can be read and written as packs; true for a null pointer.
+template <int COUNT = kFour, class T>
+bool is_packed(const T* tensor, int64_t length) {
+  return length % COUNT == 0 && reinterpret_cast<uintptr_t>(tensor) % sizeof(Pack<T, COUNT>) == 0;
+}
+
+// Elements first ... first + COUNT - 1 of a row, zeros beyond its length.
+template <int COUNT, class T>
+__device__ __forceinline__ Run<COUNT> load_run(const T* row, int64_t first, int64_t length, bool packed) {
+  Run<COUNT> run{};
   if (packed) {
     if (first < length) {
-      const Pack<T> pack = load_pack(row + first);
+      const Pack<T, COUNT> pack = load_pack<COUNT>(row + first);
 #pragma unroll
-      for (int e = 0; e < kFour; ++e) four.value[e] = widen(pack.value[e]);
+      for (int e = 0; e < COUNT; ++e) run.value[e] = widen(pack.value[e]);
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < kFour; ++e) {
-      if (first + e < length) four.value[e] = widen(row[first + e]);
+    for (int e = 0; e < COUNT; ++e) {
+      if (first + e < length) run.value[e] = widen(row[first + e]);
     }
   }
-  return four;
+  return run;
 }
 
-template <class T>
-__device__ __forceinline__ void store_four(const Four& four, T* row, int64_t first, int64_t length, bool packed) {
+template <class T, int COUNT>
+__device__ __forceinline__ void store_run(const Run<COUNT>& run, T* row, int64_t first, int64_t length, bool packed) {
   if (packed) {
     if (first < length) {
-      Pack<T> pack;
+      Pack<T, COUNT> pack;
 #pragma unroll
-      for (int e = 0; e < kFour; ++e) narrow(four.value[e], pack.value[e]);
+      for (int e = 0; e < COUNT; ++e) narrow(run.value[e], pack.value[e]);
       store_pack(pack, row + first);
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < kFour; ++e) {
-      if (first + e < length) narrow(four.value[e], row[first + e]);
+    for (int e = 0; e < COUNT; ++e) {
+      if (first + e < length) narrow(run.value[e], row[first + e]);
     }
   }
+}
+
+template <class T>
+__device__ __forceinline__ Four load_four(const T* row, int64_t first, int64_t length, bool packed) {
+  return load_run<kFour>(row, first, length, packed);
+}
+
+template <class T>
+__device__ __forceinline__ void store_four(const Four& four, T* row, int64_t first, int64_t length, bool packed) {
+  store_run(four, row, first, length, packed);
 }
 
 }  // namespace calm_rt

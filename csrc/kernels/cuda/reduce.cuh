@@ -1,4 +1,5 @@
-// Sums over the threads of a warp or a block, always in the same order, so that results do not change from run to run.
+// Sums over the threads of a warp or a block, always in the same order, so that results do not change from run to run,
+// and maxima.
 #pragma once
 #include "kernels/cuda/primitives.cuh"
 
@@ -47,6 +48,29 @@ __device__ __forceinline__ float block_sum(float value) {
   if (lane == 0) partial[warp] = value;
   __syncthreads();
   return warp_sum(lane < kWarps ? partial[lane] : 0.0f);
+}
+
+// The maximum over a warp, known to all its lanes; NaN if there is one.
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value = max_nan(value, __shfl_xor_sync(kFullMask, value, offset));
+  }
+  return value;
+}
+
+// The maximum over a block of THREADS threads, known to all of them; NaN if there is one.
+template <int THREADS>
+__device__ __forceinline__ float block_max(float value) {
+  constexpr int kWarps = THREADS / kWarpSize;
+  static_assert(THREADS % kWarpSize == 0 && kWarps <= kWarpSize);
+  CALM_SHARED(float, maxima, kWarps);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  value = warp_max(value);
+  __syncthreads();  // the last call's maxima have been read
+  if (lane == 0) maxima[warp] = value;
+  __syncthreads();
+  return warp_max(maxima[lane % kWarps]);
 }
 
 // A running sum that keeps what rounding loses (Knuth's two-sum), so that a million targets cost no accuracy.

@@ -1,0 +1,272 @@
+// Exact argmax on the GPU: the rounding of operands, and the scan of a block of rounded scores.
+//
+// round_rows_kernel: a warp owns a row, a lane eight consecutive elements of each 256. Inputs are read once, outputs
+// written once.
+//
+// scan_scores_kernel: a block owns a row and takes 8192 of its scores at a time, 32 a thread, all loads of a thread
+// under way at once; the norms, the same for all rows, come from L1. A row ends here if its largest bound does not
+// reach the best exact score, as most do after the first blocks of a vocabulary. Otherwise the warp that holds the
+// largest bound computes that entry exactly, and then each warp those of its entries that can still win. What an
+// entry's exact score is does not depend on who computes it, and the order among scores is total, so neither does the
+// result.
+#include <limits>
+
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/linear_argmax.h"
+
+namespace calm_rt {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kVectors = 4;                           // of eight scores, that a thread looks after
+constexpr int kPanel = kThreads * kVectors * kEight;  // entries that a block takes at a time
+constexpr int kSums = 16;                             // of an exact product, as on the CPU
+constexpr int64_t kMaxBlocks = 1 << 12;               // of rounding; further rows are strided over
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargestFloat = std::numeric_limits<float>::max();
+
+// A norm's least excess over 0. With it the bounds also cover what underflows in the screen's products and sums, where
+// an error is not in proportion to anything: up to 2^-126 for each of H products, factor times the square of this is
+// 4e-33.
+constexpr float kNormRoom = 1e-15f;
+
+template <class T, class S>
+__global__ void __launch_bounds__(kThreads) round_rows_kernel(RoundRows<T, S> p, bool packed) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const float excess = 1 + static_cast<float>(p.size + kEight) * 1e-7f;  // more than the sum and the root may lose
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp; row < p.num_rows; row += stride) {
+    float sum = 0;
+    bool any = false;
+    for (int64_t first = lane * kEight; first < p.size; first += kWarpSize * kEight) {
+      const Run<kEight> run = load_run<kEight>(p.in + row * p.size, first, p.size, packed);
+#pragma unroll
+      for (int e = 0; e < kEight; ++e) {
+        sum += run.value[e] * run.value[e];
+        any |= run.value[e] != 0;
+      }
+      if (p.out != nullptr) store_run(run, p.out + row * p.size, first, p.size, packed);
+    }
+    sum = warp_sum(sum);
+    any = __ballot_sync(kFullMask, any) != 0;
+    if (lane == 0) p.norm[row] = any ? sqrtf(sum) * excess + kNormRoom : 0;
+  }
+}
+
+// An exact score and whose it is.
+struct Winner {
+  double score;
+  int64_t id;  // -1: none yet, and the score means nothing
+
+  // NaN before all numbers as in torch, ties to the lowest id.
+  __device__ __forceinline__ bool before(const Winner& other) const {
+    if (id < 0 || other.id < 0) return id >= 0;
+    const bool nan = isnan(score), other_nan = isnan(other.score);
+    if (nan || other_nan) return nan && (!other_nan || id < other.id);
+    return score > other.score || (score == other.score && id < other.id);
+  }
+
+  // Whether an entry that has this bound, and no lower id than this, may come before. Rounding the score to a float
+  // costs less than the bound has room for. A bound that overflowed stands for finite scores too; an exact score that
+  // is NaN has a bound that is.
+  __device__ __forceinline__ bool may_lose_to(float bound, int64_t entry_id) const {
+    if (id < 0) return true;
+    if (isnan(score)) return isnan(bound) && entry_id < id;
+    const float least = isinf(score) ? static_cast<float>(score) : min(static_cast<float>(score), kLargestFloat);
+    return entry_id < id ? !(bound < least) : !(bound <= least);
+  }
+};
+
+// What comes first among the winners of the block's warps, known to all threads.
+__device__ __forceinline__ Winner block_winner(Winner mine) {
+  CALM_SHARED(Winner, winners, kWarps);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  __syncthreads();  // the last call's winners have been read
+  if (lane == 0) winners[warp] = mine;
+  __syncthreads();
+#pragma unroll 1
+  for (int w = 0; w < kWarps; ++w) {
+    if (winners[w].before(mine)) mine = winners[w];
+  }
+  return mine;
+}
+
+// <a, b> by a warp, known to all its lanes. Products of the inputs are exact in double; the additions have the CPU
+// kernel's order, which makes ids equal where rounding decides between scores that differ by less: lane i adds up every
+// 16th product from i on, and the sums are added one after the other to those of the last H % 16 elements.
+template <class T>
+__device__ __forceinline__ double exact_product(const T* a, const T* b, int size) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int whole = size / kSums * kSums;
+  double sum = 0, total = 0;
+  if (lane < kSums) {
+#pragma unroll 16
+    for (int k = lane; k < whole; k += kSums) {
+      sum += static_cast<double>(widen(a[k])) * static_cast<double>(widen(b[k]));
+    }
+  }
+  for (int k = whole; k < size; ++k) {
+    total += static_cast<double>(widen(a[k])) * static_cast<double>(widen(b[k]));
+  }
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) total += __shfl_sync(kFullMask, sum, i);
+  return total;
+}
+
+using Words = Pack<uint32_t, kEight / 2>;  // eight scores
+
+// A panel of a row: up to kPanel entries. A thread looks after eight consecutive ones in each of kVectors vectors.
+template <bool PACKED>
+struct Panel {
+  const bfloat16* scores;
+  const float* norms;
+  int length;
+  float factor;      // of the row
+  int64_t first_id;  // of the panel
+
+  // Which entry thread `thread` holds as its `index`-th of 32.
+  __device__ __forceinline__ static int entry(int index, int thread) {
+    return (index / kEight * kThreads + thread) * kEight + index % kEight;
+  }
+  __device__ __forceinline__ static int first_entry(int v) { return entry(v * kEight, threadIdx.x); }
+
+  __device__ __forceinline__ Words load(int v) const {
+    const int first = first_entry(v);
+    Words words{};
+    if constexpr (PACKED) {
+      if (first < length) words = load_pack<kEight / 2>(reinterpret_cast<const uint32_t*>(scores + first));
+    } else {
+#pragma unroll
+      for (int e = 0; e < kEight; ++e) {
+        if (first + e < length) words.value[e / 2] |= static_cast<uint32_t>(scores[first + e].bits) << e % 2 * 16;
+      }
+    }
+    return words;
+  }
+
+  __device__ __forceinline__ bool holds(int v, int e) const { return first_entry(v) + (PACKED ? 0 : e) < length; }
+
+  // The largest exact scores that the rounded ones of a vector can stand for. Always the same operations, so that a
+  // bound is found again.
+  __device__ __forceinline__ Run<kEight> bounds(int v, const Words& words) const {
+    const Run<kEight> norm = load_run<kEight>(norms, first_entry(v), length, PACKED), score = widen_pairs(words);
+    Run<kEight> bound;
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) {
+      bound.value[e] = fmaf(ScanScores<float, bfloat16>::kRelative, fabsf(score.value[e]),
+                            fmaf(factor, norm.value[e], score.value[e]));
+    }
+    return bound;
+  }
+
+  // The largest bound of the thread.
+  __device__ __forceinline__ float largest() const {
+    Words words[kVectors];  // all on their way at once
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) words[v] = load(v);
+    float largest = -kInfinity;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const Run<kEight> bound = bounds(v, words[v]);
+#pragma unroll
+      for (int e = 0; e < kEight; ++e) {
+        if (holds(v, e)) largest = max_nan(largest, bound.value[e]);
+      }
+    }
+    return largest;
+  }
+
+  // A bit for each of the thread's 32 whose bound and id `wanted` accepts. Few threads come here: they read their part
+  // again, which costs less than registers to keep it in.
+  template <class Wanted>
+  __device__ __forceinline__ uint32_t select(const Wanted& wanted) const {
+    uint32_t selected = 0;
+#pragma unroll 1
+    for (int v = 0; v < kVectors; ++v) {
+      const Run<kEight> bound = bounds(v, load(v));
+#pragma unroll
+      for (int e = 0; e < kEight; ++e) {
+        if (holds(v, e) && wanted(bound.value[e], first_id + first_entry(v) + e)) selected |= 1u << (v * kEight + e);
+      }
+    }
+    return selected;
+  }
+};
+
+// Blocks that the registers of a multiprocessor must hold; with one more ptxas spills.
+template <class T, bool PACKED>
+constexpr int kScanBlocks = PACKED && !std::is_same_v<T, half> ? 4 : 3;
+
+template <class T, class S, bool PACKED>
+__global__ void __launch_bounds__(kThreads, kScanBlocks<T, PACKED>)
+    scan_scores_kernel(ScanScores<T, S> p, float factor) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t row = blockIdx.x;
+  Winner winner{p.best[row], p.id[row]};
+  for (int64_t first = 0; first < p.block; first += kPanel) {
+    const Panel<PACKED> panel{.scores = p.scores + row * p.block + first,
+                              .norms = p.weight_norm + first,
+                              .length = static_cast<int>(min(p.block - first, static_cast<int64_t>(kPanel))),
+                              .factor = factor * p.hidden_norm[row],
+                              .first_id = p.first_id + first};
+    const float largest = panel.largest(), top = block_max<kThreads>(largest);
+    if (!winner.may_lose_to(top, panel.first_id)) continue;
+    auto is_top = [&](float bound) { return bound == top || (isnan(bound) && isnan(top)); };
+    // First one entry with the largest bound, then what can still win after it.
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      const bool only_top = pass == 0;
+      const bool looks = only_top ? is_top(largest) : winner.may_lose_to(largest, panel.first_id);
+      uint32_t selected = 0;
+      if (looks) {
+        selected = panel.select([&](float bound, int64_t id) {
+          return only_top ? is_top(bound) : id != winner.id && winner.may_lose_to(bound, id);
+        });
+      }
+      for (uint32_t lanes; (lanes = __ballot_sync(kFullMask, selected != 0)) != 0;) {
+        const int source = __ffs(lanes) - 1;
+        const int index = __ffs(__shfl_sync(kFullMask, selected, source)) - 1;
+        const int64_t entry = first + panel.entry(index, warp * kWarpSize + source);
+        const Winner candidate{
+            exact_product(p.hidden + row * p.size, p.weight + entry * p.size, static_cast<int>(p.size)),
+            p.first_id + entry};
+        if (candidate.before(winner)) winner = candidate;
+        if (only_top) break;
+        if (lane == source) selected &= selected - 1;
+      }
+      winner = block_winner(winner);
+    }
+  }
+  if (threadIdx.x == 0) {
+    p.best[row] = winner.score;
+    p.id[row] = winner.id;
+  }
+}
+
+}  // namespace
+
+template <class T, class S>
+void launch(Cuda device, const RoundRows<T, S>& p) {
+  if (p.num_rows == 0) return;
+  launch_kernel("round_rows_kernel", round_rows_kernel<T, S>, grid_size(p.num_rows, kWarps, kMaxBlocks), kThreads,
+                device, p, is_packed<kEight>(p.in, p.size) && is_packed<kEight>(p.out, p.size));
+}
+
+template <class T, class S>
+void launch(Cuda device, const ScanScores<T, S>& p) {
+  if (p.num_rows == 0) return;
+  const bool packed = is_packed<kEight>(p.scores, p.block) && is_packed<kEight>(p.weight_norm, p.block);
+  launch_kernel("scan_scores_kernel", packed ? scan_scores_kernel<T, S, true> : scan_scores_kernel<T, S, false>,
+                static_cast<unsigned>(p.num_rows), kThreads, device, p, p.factor());
+}
+
+#define CALM_INSTANTIATE(T)                                  \
+  template void launch(Cuda, const RoundRows<T, bfloat16>&); \
+  template void launch(Cuda, const ScanScores<T, bfloat16>&);
+CALM_INSTANTIATE(float)
+CALM_INSTANTIATE(bfloat16)
+CALM_INSTANTIATE(half)
+#undef CALM_INSTANTIATE
+
+}  // namespace calm_rt

@@ -1,0 +1,65 @@
+// Exact argmax over a vocabulary through a low-precision screen.
+//
+//   id[r] = argmax_v <hidden[r], weight[v]>, ties to the lowest id
+//
+// The library multiplies rounded operands block by block of the vocabulary; no more than one block of scores exists. A
+// rounded score differs from the exact one by no more than
+//   relative * |score| + factor * |hidden[r]| |weight[v]|                       (Cauchy-Schwarz)
+// so only the few entries whose upper bound exceeds the best exact score so far are computed exactly, in double, where
+// products of the inputs are exact. The ids are those of exact arithmetic on every device, instruction set and thread
+// count, whatever the library does.
+//
+// RoundRows reads R*H values and writes as many of the screen's type, and R norms. ScanScores reads R*N scores, and H
+// values for each entry that it computes exactly: about ten a row for a vocabulary of 128k.
+#pragma once
+#include <cstdint>
+
+#include "common/device.h"
+#include "common/types.h"
+
+namespace calm_rt {
+
+// The screen's products may have passed through bfloat16 inside the library also where S is float (a setting of torch
+// allows that).
+constexpr double kBfloat16Rounding = 1.0 / 256;  // 2^-9 for each of two factors
+
+template <class T, class S>
+struct RoundRows {
+  const T* in;       // [R, H]
+  S* out;            // [R, H], or nullptr where T is S
+  float* norm;       // [R], rounded up
+  int64_t num_rows;  // R
+  int64_t size;      // H
+};
+
+template <class T, class S>
+struct ScanScores {
+  const S* scores;           // [R, N], rounded scores of the block's entries
+  const T* hidden;           // [R, H]
+  const T* weight;           // [N, H], the block's rows
+  const float* hidden_norm;  // [R]
+  const float* weight_norm;  // [N]
+  double* best;              // [R], the best exact score so far
+  int64_t* id;               // [R], and whose it is; -1 before the first block
+  int64_t first_id;          // of the block
+  int64_t num_rows;          // R
+  int64_t block;             // N
+  int64_t size;              // H
+
+  // What the library's rounding of a score may amount to, beside `factor` below.
+  static constexpr float kRelative = sizeof(S) == 2 ? 1.f / 256 : 1.f / (1 << 20);
+
+  // Rounding of both operands, of H additions in float, and room for the bound's own rounding.
+  float factor() const { return static_cast<float>(1.01 * (kBfloat16Rounding + static_cast<double>(size) * 6e-8)); }
+};
+
+template <class T, class S>
+void launch(Cpu device, const RoundRows<T, S>& p);  // T float, double, bfloat16, half; S float, bfloat16
+template <class T, class S>
+void launch(Cpu device, const ScanScores<T, S>& p);
+template <class T, class S>
+void launch(Cuda device, const RoundRows<T, S>& p);  // T float, bfloat16, half; S bfloat16
+template <class T, class S>
+void launch(Cuda device, const ScanScores<T, S>& p);
+
+}  // namespace calm_rt

@@ -1,0 +1,236 @@
+"""The simulator's standalone check programs pass, under sanitizers too, and find planted bugs.
+
+`make simulator` builds them. `make sanitize` adds the sanitizers and the bugs.
+"""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_simulator import ROOT, built
+
+
+def run_check(program: Path) -> subprocess.CompletedProcess:
+    # ThreadSanitizer of GCC 12 and 13 stops where addresses are randomised by more bits
+    prefix = ["setarch", "-R"] if "tsan" in program.name and randomised_beyond_tsan() else []
+    return subprocess.run(
+        [*prefix, program], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def randomised_beyond_tsan() -> bool:
+    bits = Path("/proc/sys/vm/mmap_rnd_bits")
+    return bits.exists() and int(bits.read_text()) > 28
+
+
+def test_check_program() -> None:
+    result = run_check(built("simulator_check_plain"))
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_check_program_under_sanitizer(sanitizer: str) -> None:
+    result = run_check(built(f"simulator_check_{sanitizer}"))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A change to the kernel sources and who must notice it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    report: str
+    build: str = "plain"  # the simulator's own checks and the comparison of values; asan, tsan
+    user: str = "energy_score.cu"  # the kernel that is compiled where the file is a header
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.build}"
+
+    def kernel(self) -> str:
+        """The kernel source that is compiled with the bug in it."""
+        return self.file if self.file.endswith(".cu") else self.user
+
+
+def energy_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "energy_score.cu", old, new, report, build)
+
+
+def reduce_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "reduce.cuh", old, new, report, build)
+
+
+def patch_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "select_patch.cu", old, new, report, build)
+
+
+def argmax_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "linear_argmax.cu", old, new, report, build)
+
+
+def cross_entropy_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "linear_cross_entropy.cu", old, new, report, build)
+
+
+RACE = "ThreadSanitizer: data race"
+WRONG = "mismatches"
+WRITE = "if (lane == 0) partial[warp] = value;\n"
+BARRIER = "  __syncthreads();\n"
+OLD_WEIGHTS_READ = "__syncthreads();  // the weights before these have been read"
+NEW_WEIGHTS = "            }\n            __syncthreads();\n"
+SHUFFLE = "__shfl_sync(kFullMask, term.weight"
+XOR = "__shfl_xor_sync(kFullMask, given, offset)"
+BOTH_ARMS = f"if (lane == 0) {{ partial[warp] = value;{BARRIER}}} else {{{BARRIER}}}\n"
+HALVES = "  lane < 16 ? __syncthreads() : __syncwarp();\n"
+ROWS = "const int64_t stride ="
+STD = "first + e < p.size ? expf(std[g].value[e])"
+NEXT_STD = "first + e < p.size ? expf(p.log_std[row * p.size + first + e + 1])"
+SAME_PATCH = "!same_patch(tokens + own * p.patch, tokens + s * p.patch, p.patch)"
+SUMS_READ = "__syncthreads();  // all cumulative weights are in memory"
+MAXIMA_READ = "__syncthreads();  // the last call's maxima have been read"
+WINNERS_WRITTEN = f"if (lane == 0) winners[warp] = mine;\n{BARRIER}"
+WINNERS_READ = "__syncthreads();  // the last call's winners have been read"
+CLAMPED = "min(static_cast<float>(score), kLargestFloat)"
+NORM_SLACK = "fmaf(factor, norm.value[e], score.value[e])"
+FLOAT_ROOM = "constexpr float kNormRoom = 1e-15f"
+MAXIMUM = "if (lane == 0) maxima[warp] = value;\n"
+KNOWN = "if (threadIdx.x == 0 && known)"
+TIE = "score == other.score && id < other.id"
+
+BUGS = (
+    Bug(
+        "no-barrier-in-maximum",
+        "reduce.cuh",
+        MAXIMUM + BARRIER,
+        MAXIMUM,
+        RACE,
+        "tsan",
+        "linear_cross_entropy.cu",
+    ),
+    cross_entropy_bug("beyond-vocabulary", "runs_packed), width - i)", "runs_packed), 8)", WRONG),
+    cross_entropy_bug("sum-not-rescaled", "sum *= expf(maximum - larger);", "", WRONG),
+    cross_entropy_bug("wrong-id-looked-up", KNOWN, "if (threadIdx.x == 0)", "Sanitizer", "asan"),
+    energy_bug("no-barrier-after-write", NEW_WEIGHTS, "            }\n", WRONG),
+    energy_bug("no-barrier-after-write", NEW_WEIGHTS, "            }\n", RACE, "tsan"),
+    energy_bug("no-barrier-before-overwrite", OLD_WEIGHTS_READ, "", RACE, "tsan"),
+    reduce_bug("no-barrier-in-reduction", WRITE + BARRIER, WRITE, RACE, "tsan"),
+    energy_bug(
+        "lane-not-in-mask",
+        SHUFFLE,
+        SHUFFLE.replace("kFullMask", "0x7FFFFFFFu"),
+        "the mask does not name the calling lane at",
+    ),
+    energy_bug(
+        "masks-overlap",
+        SHUFFLE,
+        SHUFFLE.replace("kFullMask", "lane < 16 ? 0xFFFFu : kFullMask"),
+        "masks of two collectives overlap at",
+    ),
+    energy_bug(
+        "lane-exited",
+        ROWS,
+        f"if (lane == 5) return;\n  {ROWS}",
+        "a lane of the mask has exited at",
+    ),
+    energy_bug(
+        "collectives-differ",
+        SHUFFLE,
+        f"lane == 3 ? term.weight : {SHUFFLE}",
+        "lanes of one mask meet in different collectives at",
+    ),
+    reduce_bug("barrier-in-both-arms", WRITE + BARRIER, BOTH_ARMS, "divergent __syncthreads at"),
+    reduce_bug(
+        "barrier-not-reached",
+        WRITE + BARRIER,
+        f"{WRITE}  if (warp != 3){BARRIER}",
+        "divergent __syncthreads at",
+    ),
+    reduce_bug(
+        "deadlock", WRITE + BARRIER, WRITE + HALVES, "deadlock: threads wait for each other at"
+    ),
+    reduce_bug("wrong-shuffle", XOR, XOR.replace("given", "mine"), WRONG),
+    reduce_bug(
+        "read-past-shared", "lane < kWarps ?", "lane <= kWarps ?", "AddressSanitizer", "asan"
+    ),
+    reduce_bug(
+        "write-past-shared",
+        WRITE,
+        WRITE.replace("[warp]", "[warp + 1]"),
+        "write outside the shared array at",
+    ),
+    energy_bug("read-past-row", STD, NEXT_STD, "AddressSanitizer", "asan"),
+    patch_bug("keys-are-believed", SAME_PATCH, "false", WRONG),
+    patch_bug("sums-not-waited-for", SUMS_READ, "", RACE, "tsan"),
+    Bug(
+        "maxima-overwritten",
+        "reduce.cuh",
+        MAXIMA_READ,
+        "",
+        RACE,
+        "tsan",
+        user="linear_argmax.cu",
+    ),
+    argmax_bug(
+        "winners-not-waited-for",
+        WINNERS_WRITTEN,
+        WINNERS_WRITTEN.removesuffix(BARRIER),
+        RACE,
+        "tsan",
+    ),
+    argmax_bug("winners-overwritten", WINNERS_READ, "", RACE, "tsan"),
+    argmax_bug("no-slack-for-operands", NORM_SLACK, "score.value[e]", WRONG),
+    argmax_bug("half-the-slack", NORM_SLACK, NORM_SLACK.replace("factor", "factor / 2"), WRONG),
+    argmax_bug("no-room-for-underflow", FLOAT_ROOM, FLOAT_ROOM.replace("1e-15f", "0"), WRONG),
+    argmax_bug("overflow-taken-for-a-score", CLAMPED, "static_cast<float>(score)", WRONG),
+    argmax_bug("ties-to-the-highest", TIE, TIE.replace("id <", "id >"), WRONG),
+    argmax_bug("any-nan", "isnan(bound) && entry_id < id", "false", WRONG),
+    argmax_bug("one-candidate-a-lane", "selected &= selected - 1", "selected = 0", WRONG),
+    Bug("misaligned", "primitives.cuh", "length % COUNT == 0 &&", "", "misaligned access at"),
+)
+
+FLAGS = {
+    "plain": ["-O1"],
+    "asan": ["-O1", "-fsanitize=address"],
+    "tsan": ["-O1", "-fsanitize=thread", "-fno-builtin"],
+}
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("bug", BUGS, ids=str)
+def test_planted_bug_is_found(bug: Bug, tmp_path: Path) -> None:
+    archives = [
+        built(f"lib{name}.a")
+        for name in (f"check_{bug.build}", f"kernels_{bug.build}", "simulator")
+    ]
+    folder = tmp_path / "kernels" / "cuda"
+    shutil.copytree(ROOT / "csrc" / "kernels" / "cuda", folder)
+    source = (folder / bug.file).read_text()
+    assert source.count(bug.old) == 1, f"{bug.file} has changed, adapt the bug"
+    (folder / bug.file).write_text(source.replace(bug.old, bug.new))
+    program = tmp_path / f"check_{bug.build}"
+    compiler = os.environ.get("CXX", "c++")
+    sanitize = ["-fsanitize=address,undefined"] if bug.build == "asan" else FLAGS[bug.build]
+    flags = [
+        *FLAGS[bug.build],
+        "-g1",
+        "-w",
+        "-std=c++20",
+        f"-I{tmp_path}",
+        f"-I{ROOT / 'csrc'}",
+    ]
+    mutant = tmp_path / "mutant.o"
+    subprocess.run(
+        [compiler, *flags, "-x", "c++", "-c", folder / bug.kernel(), "-o", mutant], check=True
+    )
+    # the mutant comes first, so that the archives give everything but what it defines
+    subprocess.run([compiler, *sanitize, mutant, *archives, "-o", program], check=True)
+    result = run_check(program)
+    assert result.returncode != 0 and bug.report in result.stdout + result.stderr, (
+        result.stdout + result.stderr
+    )
