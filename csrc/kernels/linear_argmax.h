@@ -19,9 +19,14 @@
 
 namespace calm_rt {
 
-// The screen's products may have passed through bfloat16 inside the library also where S is float (a setting of torch
-// allows that).
-constexpr double kBfloat16Rounding = 1.0 / 256;  // 2^-9 for each of two factors
+// 2^-9 for each of two operands, which a setting of torch lets the library round also where S is float, and as much
+// again for a library that adds up parts of a product in bfloat16 (split-K).
+constexpr double kBfloat16Rounding = 1.0 / 128;
+
+// A norm's least excess over 0. With it the bounds also cover what underflows in the screen's products and sums, where
+// an error is not in proportion to anything: up to 2^-126 for each of H products, factor times the square of this is
+// 4e-33.
+constexpr float kNormRoom = 1e-15f;
 
 template <class T, class S>
 struct RoundRows {
@@ -49,8 +54,8 @@ struct ScanScores {
   // What the library's rounding of a score may amount to, beside `factor` below.
   static constexpr float kRelative = sizeof(S) == 2 ? 1.f / 256 : 1.f / (1 << 20);
 
-  // Rounding of both operands, of H additions in float, and room for the bound's own rounding.
-  float factor() const { return static_cast<float>(1.01 * (kBfloat16Rounding + static_cast<double>(size) * 6e-8)); }
+  // Rounding of both operands, of H additions in float that may truncate, and room for the bound's own rounding.
+  float factor() const { return static_cast<float>(1.01 * (kBfloat16Rounding + static_cast<double>(size) * 1.2e-7)); }
 };
 
 template <class T, class S>

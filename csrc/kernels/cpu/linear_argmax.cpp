@@ -13,6 +13,7 @@ CALM_EACH_ISA(template <class T, class S> void round_rows_kernel(const RoundRows
 namespace CALM_ISA {
 namespace {
 
+constexpr float kLargestFloat = 3.402823466e38f;
 constexpr int kSums = 16;  // independent partial sums, the same on every instruction set
 
 // <a, b> in double, where products of float inputs are exact: one order of additions everywhere.
@@ -67,8 +68,25 @@ struct RowScan {
     return score + (p.kRelative * absolute(score) + factor * load(p.weight_norm + entry));
   }
 
-  // No exact score below or at this can win any more; all can while there is no winner, or NaN is.
-  float least() const { return id < 0 || best != best ? -__builtin_inff() : static_cast<float>(best); }
+  // What a bound must exceed. A bound that overflowed stands for finite scores too.
+  float least() const {
+    const float rounded = static_cast<float>(best);
+    return rounded > kLargestFloat && best < __builtin_inf() ? kLargestFloat : rounded;
+  }
+
+  // Whether an entry with this bound may come before the winner; of a vector, the lanes from `entry` on that may.
+  bool may_win(float bound, int64_t entry) const {
+    if (id < 0) return true;
+    const bool earlier = p.first_id + entry < id;
+    if (best != best) return earlier && bound != bound;  // only an earlier NaN comes before NaN
+    return earlier ? !(bound < least()) : !(bound <= least());
+  }
+  Int may_win(Float bound, int64_t entry) const {
+    if (id < 0) return ~Int{};
+    const bool earlier = p.first_id + entry < id;
+    if (best != best) return earlier ? (Int)(bound != bound) : Int{};
+    return earlier ? ~(Int)(bound < least()) : ~(Int)(bound <= least());
+  }
 
   void take(int64_t entry) {
     const double exact = exact_product(p.hidden + r * p.size, p.weight + entry * p.size, p.size);
@@ -78,12 +96,6 @@ struct RowScan {
     }
   }
 
-  void take_if_possible(int64_t entry) {
-    const float value = bound(entry);
-    const bool excluded = p.first_id + entry < id ? value < least() : value <= least();  // false where it is NaN
-    if (!excluded) take(entry);
-  }
-
   // Takes the entry with the largest bound, so that few others remain possible; false if none can win.
   bool take_largest() {
     Float largest = splat<Float>(-__builtin_inff());
@@ -91,15 +103,15 @@ struct RowScan {
     int64_t v = 0;
     for (; v + kLanes <= p.block; v += kLanes) {
       const Float value = bounds(v);
-      possible |= ~(Int)(value <= least());
+      possible |= may_win(value, v);
       largest = value > largest ? value : largest;
     }
     float top = -__builtin_inff();
     for (int i = 0; i < kLanes; ++i) top = largest[i] > top ? largest[i] : top;
-    bool found = id < 0 || any(possible);
+    bool found = any(possible);
     for (; v < p.block; ++v) {
       const float value = bound(v);
-      found |= !(value <= least());
+      found |= may_win(value, v);
       top = value > top ? value : top;
     }
     if (!found) return false;
@@ -115,13 +127,14 @@ struct RowScan {
     if (!take_largest()) return;
     int64_t v = 0;
     for (; v + kLanes <= p.block; v += kLanes) {
-      const Float value = bounds(v);
-      const Int excluded = p.first_id + v < id ? (Int)(value < least()) : (Int)(value <= least());
-      if (any(~excluded)) {
-        for (int i = 0; i < kLanes; ++i) take_if_possible(v + i);
+      if (!any(may_win(bounds(v), v))) continue;
+      for (int i = 0; i < kLanes; ++i) {
+        if (may_win(bound(v + i), v + i)) take(v + i);
       }
     }
-    for (; v < p.block; ++v) take_if_possible(v);
+    for (; v < p.block; ++v) {
+      if (may_win(bound(v), v)) take(v);
+    }
     p.best[r] = best;
     p.id[r] = id;
   }
@@ -147,8 +160,7 @@ void round_rows_kernel(const RoundRows<T, S>& p, int64_t begin, int64_t end) {
       sums[0] += sums[i];
       largest[0] = largest[i] > largest[0] ? largest[i] : largest[0];
     }
-    // room for the sum's own rounding, and for squares below the smallest normal, which may count as 0
-    const float room = largest[0] > 0 ? 1e-18f : 0;
+    const float room = largest[0] > 0 ? kNormRoom : 0;  // and the factor for the sum's own rounding
     p.norm[r] = __builtin_sqrtf(sums[0]) * (1 + static_cast<float>(p.size) * 1e-7f) + room;
     if (p.out) {
       S* out = p.out + r * p.size;

@@ -26,11 +26,6 @@ constexpr int64_t kMaxBlocks = 1 << 12;               // of rounding; further ro
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargestFloat = std::numeric_limits<float>::max();
 
-// A norm's least excess over 0. With it the bounds also cover what underflows in the screen's products and sums, where
-// an error is not in proportion to anything: up to 2^-126 for each of H products, factor times the square of this is
-// 4e-33.
-constexpr float kNormRoom = 1e-15f;
-
 template <class T, class S>
 __global__ void __launch_bounds__(kThreads) round_rows_kernel(RoundRows<T, S> p, bool packed) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

@@ -56,7 +56,7 @@ __device__ __forceinline__ int64_t block_max(int64_t value) {
   return value;
 }
 
-__global__ void __launch_bounds__(kThreads) select_patch_kernel(SelectPatch p) {
+__global__ void __launch_bounds__(kThreads, 2) select_patch_kernel(SelectPatch p) {
   CALM_SHARED(Keys, keys, (kTile / kFour));
   CALM_SHARED(double, weights, kThreads);  // of a candidate a thread, then cumulative
   CALM_SHARED(double, total, 1);

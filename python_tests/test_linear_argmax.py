@@ -1,0 +1,72 @@
+"""linear_argmax where a rounded screen could go wrong: overflow, underflow, NaN, near-ties, ties."""
+
+import pytest
+import torch
+
+import calm_rt
+from calm_rt import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def ids(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with calm_rt.backend("native"):
+        return ops.linear_argmax(hidden, weight)
+
+
+def exact(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (hidden.double() @ weight.double().T).argmax(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_differences_far_below_the_screen_decide(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(20, 64).to(dtype)
+    weight = torch.randn(1, 64).repeat(3000, 1)
+    weight[:, 7] += torch.randn(3000) * 1e-3  # all rows alike but for one number
+    weight = weight.to(dtype)
+    assert torch.equal(ids(hidden, weight), exact(hidden, weight))
+
+
+def test_overflow_of_the_screen() -> None:
+    hidden, weight = torch.full((3, 8), 1e20), torch.full((3, 8), 1e20)
+    weight[1] *= 2
+    assert ids(hidden, weight).tolist() == [1, 1, 1]
+    assert ids(-hidden, weight).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-19, 1e-22])
+def test_underflow_of_the_screen(scale: float) -> None:
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(100, 64) * scale, torch.randn(2500, 64) * scale
+    assert torch.equal(ids(hidden, weight), exact(hidden, weight))
+
+
+def test_nan_wins_as_in_torch() -> None:
+    torch.manual_seed(2)
+    hidden, weight = torch.randn(6, 32), torch.randn(5000, 32)
+    hidden[1] = float("nan")
+    hidden[2, 3] = float("inf")
+    weight[4700, 5] = weight[4100, 5] = float("nan")
+    logits = hidden @ weight.T
+    expected = logits.argmax(-1)
+    assert torch.equal(ids(hidden, weight), expected) and expected[0] == 4100 and expected[1] == 0
+
+
+def test_nothing_but_zeros_is_a_tie_of_all() -> None:
+    zeros = torch.zeros(5, 16)
+    assert ids(zeros, torch.randn(4000, 16)).tolist() == [0] * 5
+    assert ids(torch.randn(5, 16), torch.zeros(4000, 16)).tolist() == [0] * 5
+
+
+def test_a_row_is_its_own() -> None:
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(1500, 24), torch.randn(3000, 24)
+    together = ids(hidden, weight)
+    assert torch.equal(torch.cat([ids(part, weight) for part in hidden.split(7)]), together)
+
+
+def test_mixed_types_are_compared_exactly() -> None:
+    torch.manual_seed(4)
+    hidden, weight = torch.randn(9, 40).bfloat16(), torch.randn(700, 40)
+    assert torch.equal(ids(hidden, weight), exact(hidden, weight))
