@@ -8,20 +8,18 @@ to compare it with. Official and compiled draw with torch's generator, the kerne
 position.
 """
 
-import importlib
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
+import library
 import pytest
 import torch
 
 import calm_rt
-from calm_rt import _native, ops
+from calm_rt import _native, official, ops
 from calm_rt.testing import CASES, Case
-
-official, library = importlib.import_module("official"), importlib.import_module("library")
 
 BENCHMARKS = [case for case in CASES if case.benchmark and case.op not in _native.REFERENCE_ONLY]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -14,9 +14,11 @@ from calm_rt.curves import CURVES, TrainingLog, plot_curves
 from calm_rt.data import TokenShards
 from calm_rt.losses import PRECISIONS
 from calm_rt.nn import Autoencoder, Calm
+from calm_rt.threads import faster_threads, restored_threads
 from calm_rt.training_config import TrainingConfig
 from calm_rt.training_state import Interrupt, TrainingState, World, copy_tokenizer, trainable
 
+THREADS_EVERY = 100  # steps between choices of the number of threads
 BF16_GAIN = 0.9  # of float32's time: below it bfloat16 is worth its rounding
 
 Model = Autoencoder | Calm
@@ -51,16 +53,19 @@ class TrainingLoop:
         self.saved_step = state.step or None
         self.step_seconds = 0.0  # of the last step
         self.sums: dict[str, float] = {}
+        self.threads = torch.get_num_threads()
 
     def run(self) -> None:
         """Trains to the end of the steps or the minutes, to the target accuracy, or to Ctrl-C."""
         training, state = self.training, self.state
-        if state.precision is None:
-            state.precision = self.world.agree(self._choose_precision())
         log = TrainingLog(self.output, state.step) if self.leads else None
         reached = interrupted = False
-        with Interrupt() as interrupt, self._progress_bar() as bar:
+        with Interrupt() as interrupt, self._progress_bar() as bar, restored_threads():
             while not (reached or interrupted or self._progress() >= 1):
+                if state.step % THREADS_EVERY == 0:
+                    self._choose_threads()
+                if state.precision is None:
+                    state.precision = self.world.agree(self._choose_precision())
                 values = self._step(interrupt.requested)
                 interrupted = values.pop("interrupted") > 0
                 self._add(values)
@@ -157,12 +162,24 @@ class TrainingLoop:
             return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
         seconds = {precision: math.inf for precision in PRECISIONS}
         for _ in range(3):
-            for precision in PRECISIONS:
+            for precision in seconds:
                 start = time.perf_counter()
                 self._loss(0, precision)[0].backward()
                 seconds[precision] = min(seconds[precision], time.perf_counter() - start)
         self.optimizer.zero_grad()
         return "bf16" if seconds["bf16"] < BF16_GAIN * seconds["fp32"] else "fp32"
+
+    def _choose_threads(self) -> None:
+        """Fewer threads where others use the CPU: only in a run that follows the clock, for the
+        number of threads changes the rounding."""
+        alone = self.world.size == 1 and self.world.device.type == "cpu"
+        if self.training.minutes is None or not alone or self.threads == 1:
+            return
+        precision = self.state.precision or PRECISIONS[0]
+        start = time.perf_counter()
+        faster_threads(lambda: self._loss(0, precision)[0].backward(), self.threads)
+        self.optimizer.zero_grad()
+        self.state.seconds += time.perf_counter() - start
 
     def _evaluate(self) -> Metrics:
         self.model.eval()

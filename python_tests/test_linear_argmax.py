@@ -1,4 +1,4 @@
-"""linear_argmax where a rounded screen could go wrong: overflow, underflow, NaN, near-ties, ties."""
+"""linear_argmax where a rounded screen could go wrong: overflow, underflow, NaN and (near-)ties."""
 
 import pytest
 import torch
