@@ -26,7 +26,7 @@ from calm_rt.ops.check import check
 from calm_rt.threads import faster_threads, restored_threads
 from calm_rt.training import TrainingConfig, train, train_autoencoder
 
-VOCAB_SIZE = 1024
+VOCAB_SIZES = (1024, 512, 320)  # the first that the corpus can give
 PATCH_SIZE = 2
 BLOCK_SIZE = 256  # tokens
 AUTOENCODER_SHARE = 0.3  # of the time, at most
@@ -62,7 +62,7 @@ def run_quickstart(
     output = Path(output)
     stage("tokenizer and token shards")
     paths = default_corpus() if corpus is None else list(corpus)
-    tokenizer = train_tokenizer(paths, VOCAB_SIZE, output)
+    tokenizer = _train_tokenizer(paths, output)
     shards = write_shards(read_documents(paths), tokenizer, output / "data", PATCH_SIZE)
     documents = shards.header.num_documents
     stage(f"autoencoder, on {shards.num_tokens:,} tokens in {documents:,} documents")
@@ -87,6 +87,16 @@ def run_quickstart(
     checkpoint.write_json(output / "metrics.json", finite(metrics))
     stage(f"done; the model is in {output}: calm-rt generate {output} 'def '")
     return metrics
+
+
+def _train_tokenizer(paths: list[str | Path], output: Path) -> Tokenizer:
+    for size in VOCAB_SIZES[:-1]:
+        try:
+            return train_tokenizer(paths, size, output)
+        except ValueError as error:
+            if not str(error).startswith("vocab_size"):
+                raise
+    return train_tokenizer(paths, VOCAB_SIZES[-1], output)
 
 
 def _train_autoencoder(
@@ -206,11 +216,10 @@ def _speedup(
         hidden = model.hidden_states(ids).flatten(0, 1)
         draws = model.sample(hidden, model.config.num_samples, seed)
     draws.requires_grad_()
-    native = _milliseconds(lambda: ops.energy_score(draws, mean, log_std, seed=seed), draws)
-    official = _milliseconds(
-        lambda: official.energy_score(draws, mean, log_std, num_targets=100), draws
-    )
-    return {"speedup_native": official / native}, (official, native)
+    arguments = (draws, mean, log_std)
+    eager = _milliseconds(lambda: official.energy_score(*arguments, num_targets=100), draws)
+    native = _milliseconds(lambda: ops.energy_score(*arguments, seed=seed), draws)
+    return {"speedup_native": eager / native}, (eager, native)
 
 
 def _milliseconds(function: Callable[[], Tensor], leaf: Tensor) -> float:
