@@ -139,7 +139,7 @@ def _train_model(
         num_attention_heads=3,
         latent_size=autoencoder.config.latent_size,
         num_mlp_layers=3,
-        num_samples=2,
+        num_samples=8,
         max_position_embeddings=1024,
         initializer_range=0.06,
         pad_token_id=autoencoder.config.pad_token_id,

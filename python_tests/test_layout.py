@@ -50,9 +50,7 @@ def test_every_kernel_op_has_its_files(op: str) -> None:
     for device in ("Cpu", "Cuda"):
         assert f'm.impl("{op}", TORCH_BOX(&calm_rt::{op}<calm_rt::{device}>));' in registrations
     assert any(case.op == op and case.benchmark for case in CASES), f"{op}: no benchmark case"
-    assert f"def {op}(" in (ROOT / "calm_rt/official.py").read_text(), (
-        f"{op}: no official formula"
-    )
+    assert f"def {op}(" in (ROOT / "calm_rt/official.py").read_text(), f"{op}: no official formula"
 
 
 @pytest.mark.parametrize("op", KERNEL_OPS)
