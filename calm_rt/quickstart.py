@@ -120,6 +120,7 @@ def _train_autoencoder(
         learning_rate=4e-3,
         warmup_steps=50,
         evaluate_every=50,
+        evaluation_blocks=EVALUATION_BLOCKS,
         target_accuracy=TARGET_ACCURACY,
         random_tokens=0.05,  # else bytes that only held-out documents have do not come back
         **_common(shards, seed),
@@ -139,7 +140,7 @@ def _train_model(
         num_attention_heads=3,
         latent_size=autoencoder.config.latent_size,
         num_mlp_layers=3,
-        num_samples=8,
+        num_samples=4,
         max_position_embeddings=1024,
         initializer_range=0.06,
         pad_token_id=autoencoder.config.pad_token_id,
@@ -152,7 +153,8 @@ def _train_model(
         batch_size=8,
         learning_rate=1e-3,
         warmup_steps=50,
-        evaluate_every=500,
+        evaluate_every=250,
+        evaluation_blocks=24,
         **_common(shards, seed),
     )
     return train(config, autoencoder, shards, output, training, overwrite=True)
@@ -168,7 +170,6 @@ def _common(shards: TokenShards, seed: int) -> dict[str, Any]:
         "block_size": block_size,
         "schedule": "cosine",
         "save_every": 1_000_000,
-        "evaluation_blocks": EVALUATION_BLOCKS,
         "seed": seed,
     }
 

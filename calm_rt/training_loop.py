@@ -19,6 +19,7 @@ from calm_rt.training_config import TrainingConfig
 from calm_rt.training_state import Interrupt, TrainingState, World, copy_tokenizer, trainable
 
 THREADS_EVERY = 100  # steps between choices of the number of threads
+PLOT_SECONDS = 60  # at least between two pictures of the curves in a run
 BF16_GAIN = 0.9  # of float32's time: below it bfloat16 is worth its rounding
 
 Model = Autoencoder | Calm
@@ -53,6 +54,7 @@ class TrainingLoop:
         self.saved_step = state.step or None
         self.step_seconds = 0.0  # of the last step
         self.sums: dict[str, float] = {}
+        self.plotted = time.perf_counter()
         self.threads = torch.get_num_threads()
 
     def run(self) -> None:
@@ -83,8 +85,9 @@ class TrainingLoop:
                         bar.write(f"step {state.step}: {_in_words(metrics)}", file=sys.stderr)
                     target = training.target_accuracy
                     reached = target is not None and metrics["accuracy"] >= target
-                if (state.step % training.save_every == 0 or last or reached) and self.leads:
-                    self._save()
+                ends = last or reached
+                if (state.step % training.save_every == 0 or ends) and self.leads:
+                    self._save(plot=ends or time.perf_counter() > self.plotted + PLOT_SECONDS)
         if interrupted:
             where = f"step {state.step} is saved in {self.output}"
             raise KeyboardInterrupt(f"{where}; resume continues there")
@@ -188,13 +191,15 @@ class TrainingLoop:
         self.model.train()
         return metrics
 
-    def _save(self) -> None:
+    def _save(self, plot: bool) -> None:
         """The state first: whatever is interrupted behind it, resuming reads this one file."""
         self.state.save(self.output, self.model, self.optimizer)
         self.saved_step = self.state.step
         self.model.save(self.output)
         copy_tokenizer(self.data.folder, self.output)
-        plot_curves({type(self.model).__name__: self.output}, self.output / CURVES)
+        if plot:
+            plot_curves({type(self.model).__name__: self.output}, self.output / CURVES)
+            self.plotted = time.perf_counter()
 
     def _add(self, values: dict[str, float]) -> None:
         """Adds a step to the sums that the next line of the log averages."""

@@ -1,5 +1,6 @@
 """What a training run stands on: its processes, its interruption, and its state on disk."""
 
+import atexit
 import dataclasses
 import json
 import os
@@ -38,6 +39,7 @@ class World:
         self.device = torch.device(device)
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
 
     def average(self, tensors: list[Tensor]) -> None:
         """Replaces tensors of one dtype by their averages over the processes, in one collective."""

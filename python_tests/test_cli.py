@@ -183,7 +183,7 @@ def test_quickstart(tmp_path, capsys):
     (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in lines))
     run = tmp_path / "run"
     command = ["quickstart", "--corpus", tmp_path / "corpus.jsonl", "--output", run]
-    text = output_of(capsys, *command, "--minutes", 0.2)
+    text = output_of(capsys, *command, "--minutes", 0.1)
     metrics = json.loads((run / "metrics.json").read_text())
     wanted = {
         "autoencoder_accuracy",
