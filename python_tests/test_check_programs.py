@@ -98,7 +98,7 @@ WINNERS_WRITTEN = f"if (lane == 0) winners[warp] = mine;\n{BARRIER}"
 WINNERS_READ = "__syncthreads();  // the last call's winners have been read"
 CLAMPED = "min(static_cast<float>(score), kLargestFloat)"
 NORM_SLACK = "fmaf(factor, norm.value[e], score.value[e])"
-FLOAT_ROOM = "constexpr float kNormRoom = 1e-15f"
+NORM_ROOM = "sqrtf(sum) * excess + kNormRoom"
 MAXIMUM = "if (lane == 0) maxima[warp] = value;\n"
 KNOWN = "if (threadIdx.x == 0 && known)"
 TIE = "score == other.score && id < other.id"
@@ -186,7 +186,7 @@ BUGS = (
     argmax_bug("winners-overwritten", WINNERS_READ, "", RACE, "tsan"),
     argmax_bug("no-slack-for-operands", NORM_SLACK, "score.value[e]", WRONG),
     argmax_bug("half-the-slack", NORM_SLACK, NORM_SLACK.replace("factor", "factor / 2"), WRONG),
-    argmax_bug("no-room-for-underflow", FLOAT_ROOM, FLOAT_ROOM.replace("1e-15f", "0"), WRONG),
+    argmax_bug("no-room-for-underflow", NORM_ROOM, "sqrtf(sum) * excess", WRONG),
     argmax_bug("overflow-taken-for-a-score", CLAMPED, "static_cast<float>(score)", WRONG),
     argmax_bug("ties-to-the-highest", TIE, TIE.replace("id <", "id >"), WRONG),
     argmax_bug("any-nan", "isnan(bound) && entry_id < id", "false", WRONG),
