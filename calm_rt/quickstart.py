@@ -33,6 +33,7 @@ AUTOENCODER_SHARE = 0.3  # of the time, at most
 CLOSING_SHARE = 0.1  # of the time, kept for measures and samples
 TARGET_ACCURACY = 0.9995  # of held-out tokens; the promise is 0.999
 EVALUATION_BLOCKS = 64
+FEWEST_DOCUMENTS = 8  # for an interval over documents
 DOCUMENT_BLOCKS = 4  # of each held-out document at most, in the Brier scores
 TEMPERATURES = ("1", "1/2", "1/3")
 SAMPLE_TOKENS = 160
@@ -85,7 +86,7 @@ def run_quickstart(
         _print_samples(model, tokenizer, shards, seed)
     metrics["seconds"] = time.perf_counter() - start
     checkpoint.write_json(output / "metrics.json", finite(metrics))
-    stage(f"done; the model is in {output}: calm-rt generate {output} 'def '")
+    stage(f"done; the model is in {output}: calm-rt generate {output} 'The '")
     return metrics
 
 
@@ -181,6 +182,8 @@ def _measure(
     block_size = _common(shards, seed)["block_size"]
     blocks = list(shards.held_out_batches(EVALUATION_BLOCKS, block_size, limit=4))
     documents = [ids[: DOCUMENT_BLOCKS * block_size] for ids in shards.held_out_documents()]
+    if len(documents) < FEWEST_DOCUMENTS:  # too few to resample: blocks stand for documents
+        documents = list(torch.cat(blocks))
     window = {"block_size": block_size}
     scores = {"CALM": evaluation.brier_lm(model, documents, num_draws=4, seed=seed, **window)}
     for name in ("unigram", "bigram"):
