@@ -8,6 +8,7 @@ to compare it with. Official and compiled draw with torch's generator, the kerne
 position.
 """
 
+import os
 import platform
 import subprocess
 import sys
@@ -58,7 +59,9 @@ def peak_memory(case: Case, rival: str, backward: bool, device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     command = [sys.executable, __file__, str(case), rival, str(int(backward))]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    # memory that was freed goes back at once, or a warm heap would hide what a call takes
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return int(result.stdout.splitlines()[-1])
 
 
