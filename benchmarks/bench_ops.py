@@ -35,7 +35,7 @@ def contender(case: Case, rival: str, arguments: dict, backward: bool):
     if rival == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function)
-    leaves = [arguments[name] for name in case.gradients]
+    leaves = case.leaves(arguments)
 
     def forward():
         with torch.no_grad():
@@ -94,7 +94,7 @@ def test_op(benchmark, case: Case, passes: str, rival: str, device: str) -> None
             torch=torch.__version__,
             instruction_set=_native.build_info().get("isa", ""),
             peak_extra_bytes=peak_memory(case, rival, backward, device),
-            gradient_bytes=sum(arguments[name].nbytes for name in case.gradients),
+            gradient_bytes=sum(leaf.nbytes for leaf in case.leaves(arguments)),
         )
         benchmark.pedantic(timed, rounds=case.rounds, warmup_rounds=min(2, case.rounds // 2))
 

@@ -36,7 +36,7 @@ for backend in ("native", "reference"):
     arguments = case.make()
     with calm_rt.backend(backend):
         score = ops.energy_score(**arguments)
-    leaves = [arguments[name] for name in case.gradients]
+    leaves = case.leaves(arguments)
     results[backend] = [score.detach(), *torch.autograd.grad(score.sum(), leaves)]
 torch.testing.assert_close(results["native"], results["reference"], rtol=1e-4, atol=1e-5)
 build = _native.build_info()
