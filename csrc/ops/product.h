@@ -13,6 +13,8 @@
 
 // From torch's generated C shim, as inductor's programs call it.
 extern "C" AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat2);
+extern "C" AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1,
+                                                   AtenTensorHandle mat2, double beta, double alpha);
 
 namespace calm_rt {
 
@@ -63,6 +65,21 @@ void multiply(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out, cons
     std::array<StableIValue, 3> stack{from(a_), from(b_), from(out_)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // takes back what the call returns: out once more
+  }
+}
+
+// out = bias + a b with bias [columns], in a task; `like` has their device and type.
+template <class Device, class T>
+void multiply(const Matrix<T>& a, const Matrix<T>& b, const T* bias, const Matrix<T>& out, const Tensor& like) {
+  const Matrix<T> bias_row{bias, 1, out.columns};
+  const Tensor a_ = a.tensor(like), b_ = b.tensor(like), out_ = out.tensor(like), bias_ = bias_row.tensor(like);
+  if constexpr (std::is_same_v<Device, Cpu>) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out_.get(), bias_.get(), a_.get(), b_.get(), 1, 1));
+  } else {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 6> stack{from(bias_), from(a_), from(b_), from(1.0), from(1.0), from(out_)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
   }
 }
 
