@@ -47,10 +47,15 @@ def contender(case: Case, rival: str, arguments: dict, backward: bool):
     return both if backward else forward
 
 
+def make(case: Case, rival: str, device: str) -> dict:
+    """The case's arguments as this rival takes them."""
+    return case.make(device=device, official=rival in ("official", "compiled"))
+
+
 def peak_memory(case: Case, rival: str, backward: bool, device: str) -> int:
     """Bytes that one warm call needs beyond its arguments."""
     if device == "cuda":
-        call = contender(case, rival, case.make(device=device), backward)
+        call = contender(case, rival, make(case, rival, device), backward)
         call()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -75,7 +80,7 @@ def test_op(benchmark, case: Case, passes: str, rival: str, device: str) -> None
     if rival == "library" and not hasattr(library, case.op):
         pytest.skip("this torch has no such function of its own")
     benchmark.group = f"{case} {passes} {device}"
-    arguments = case.make(device=device)
+    arguments = make(case, rival, device)
     backward = "backward" in passes
     call = contender(case, rival, arguments, backward)
 
@@ -109,7 +114,7 @@ def measure_peak(name: str, rival: str, backward: bool) -> int:
     """Growth of this process's resident memory during a call, the library and the compiler being
     warm."""
     case = next(case for case in BENCHMARKS if str(case) == name)
-    call = contender(case, rival, case.make(), backward)
+    call = contender(case, rival, make(case, rival, "cpu"), backward)
     call()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

@@ -11,6 +11,7 @@ from torch import Tensor
 from .reference import (
     DecoderWeights,
     EncoderWeights,
+    FoldedEncoderWeights,
     HeadBlock,
     HeadWeights,
     LinearWeights,
@@ -106,6 +107,24 @@ def decoder(
         1 + normal(50, hidden, scale=0.1),
         normal(60, vocabulary, hidden),
     )
+
+
+def encode(rows: int, vocabulary: int, *sizes: int) -> dict[str, Any]:
+    """sizes: hidden, intermediate, latent, patch."""
+    return dict(ids=ids(1, vocabulary, rows, sizes[-1]), weights=encoder(vocabulary, *sizes))
+
+
+def folded_encode(rows: int, vocabulary: int, *sizes: int) -> dict[str, Any]:
+    """As `encode`, with tables in place of all that comes before the squeeze's sum."""
+    arguments = encode(rows, vocabulary, *sizes)
+    _, _, _, *rest = arguments["weights"]
+    tables = normal(70, sizes[-1], vocabulary, sizes[0])
+    return {**arguments, "weights": FoldedEncoderWeights(tables, *rest)}
+
+
+def decode(rows: int, *sizes: int) -> dict[str, Any]:
+    """sizes: vocabulary, hidden, intermediate, latent, patch."""
+    return dict(latents=normal(1, rows, sizes[-2]), weights=decoder(*sizes))
 
 
 def head(hidden: int, noise: int, latent: int, blocks: int) -> HeadWeights:

@@ -8,7 +8,7 @@ uninterrupted process.
 import torch
 from torch import Tensor
 
-from calm_rt import ops, reference
+from calm_rt import ops
 from calm_rt.nn import Autoencoder, Calm
 from calm_rt.ops.check import check
 from calm_rt.reference import Stream
@@ -63,10 +63,9 @@ def autoencoder_loss(
         options = {"seed": seed, "stream": Stream.DROPOUT, "distribution": "uniform"}
         kept = ops.noise(rows, 1, config.latent_size, **options)[0] >= p
         latents = (mean + log_std.exp() * eps) * kept / (1 - p)
-        weights = model.decoder.weights()
-        hidden = reference.decode_hidden(latents, weights, config.rms_norm_eps)
+        hidden = model.decoder(latents)  # [R, K, H]
         cross_entropy = ops.linear_cross_entropy(
-            hidden.flatten(0, 1), weights.vocabulary, patches.flatten()
+            hidden.flatten(0, 1), model.decoder.lm_head_weight, patches.flatten()
         )
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
     clipped = kl.clamp(min=config.kl_clamp).sum(-1).mean()

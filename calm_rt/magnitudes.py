@@ -55,3 +55,10 @@ def linear_cross_entropy(arguments: dict[str, Any]) -> list[Tensor]:
     elif arguments["reduction"] == "sum":
         loss = (loss * kept).sum()
     return [loss, grad_logits @ weight.abs(), grad_logits.T @ hidden.abs()]
+
+
+def decode_scores(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The logits of every slot and the sums of their absolute terms, two [R, K, V]."""
+    weights = arguments["weights"]
+    hidden = reference.decode_hidden(arguments["latents"], weights, 1e-6)  # [R, K, H]
+    return hidden @ weights.vocabulary.T, hidden.abs() @ weights.vocabulary.abs().T

@@ -11,6 +11,9 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from calm_rt import reference
+from calm_rt.reference import DecoderWeights, EncoderWeights
+
 
 def noise(
     rows: Tensor, num_draws: int, length: int, *, distribution: str = "normal", **_
@@ -45,6 +48,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, **_) ->
     """The loss of `Autoencoder.forward`: all logits, and once more in float32."""
     logits = torch.nn.functional.linear(hidden, weight).float()
     return torch.nn.functional.cross_entropy(logits, target)
+
+
+def encode(ids: Tensor, weights: EncoderWeights, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """`Encoder.forward`: every token of every patch through the token layers."""
+    return reference.encode(ids, weights, eps)
+
+
+def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Tensor:
+    """`Decoder.forward` and the argmax of `temperature_sampling`, with all logits."""
+    return reference.decode(latents, weights, eps)
 
 
 def select_patch(tokens: Tensor, *, n: int, **_) -> Tensor:

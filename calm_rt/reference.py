@@ -205,6 +205,15 @@ class EncoderWeights(NamedTuple):
     latent: LinearWeights  # H -> 2 L
 
 
+class FoldedEncoderWeights(NamedTuple):
+    """A frozen encoder's: what the squeeze takes of a token in a slot stands ready in a table."""
+
+    tables: Tensor  # [K, V, H], the squeeze's bias in the first
+    patch_layers: list[MlpWeights]
+    norm: Tensor  # [H]
+    latent: LinearWeights  # H -> 2 L
+
+
 class DecoderWeights(NamedTuple):
     latent: LinearWeights  # L -> H
     patch_layers: list[MlpWeights]
@@ -237,29 +246,26 @@ def gated_mlp(
     return x + F.linear(F.silu(F.linear(normal, gate)) * F.linear(normal, up), down)
 
 
-def encode_embedded(embedded: Tensor, weights: EncoderWeights, eps: float) -> tuple[Tensor, Tensor]:
-    """The encoder after its embedding: posterior mean and log standard deviation.
-
-    embedded: [R, K, H].
-    returns: two [R, L].
-    """
-    hidden = embedded
-    for layer in weights.token_layers:
-        hidden = gated_mlp(hidden, *layer, eps)
-    hidden = F.linear(hidden.flatten(-2), *weights.squeeze)
-    for layer in weights.patch_layers:
-        hidden = gated_mlp(hidden, *layer, eps)
-    mean, log_std = F.linear(rms_norm(hidden, weights.norm, eps), *weights.latent).chunk(2, -1)
-    return mean, log_std
-
-
-def encode(ids: Tensor, weights: EncoderWeights, eps: float) -> tuple[Tensor, Tensor]:
+def encode(
+    ids: Tensor, weights: EncoderWeights | FoldedEncoderWeights, eps: float
+) -> tuple[Tensor, Tensor]:
     """Posterior mean and log standard deviation of each patch.
 
     ids: [R, K] int64.
     returns: two [R, L].
     """
-    return encode_embedded(F.embedding(ids, weights.embedding), weights, eps)
+    if isinstance(weights, FoldedEncoderWeights):
+        slots = torch.arange(ids.shape[1], device=ids.device)
+        hidden = weights.tables[slots, ids].sum(1)
+    else:
+        hidden = F.embedding(ids, weights.embedding)  # [R, K, H]
+        for layer in weights.token_layers:
+            hidden = gated_mlp(hidden, *layer, eps)
+        hidden = F.linear(hidden.flatten(-2), *weights.squeeze)
+    for layer in weights.patch_layers:
+        hidden = gated_mlp(hidden, *layer, eps)
+    mean, log_std = F.linear(rms_norm(hidden, weights.norm, eps), *weights.latent).chunk(2, -1)
+    return mean, log_std
 
 
 def decode_hidden(latents: Tensor, weights: DecoderWeights, eps: float) -> Tensor:

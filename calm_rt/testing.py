@@ -26,9 +26,12 @@ class Case:
     row_dims: the dimension of the rows, for each argument that has one.
     magnitudes: from the arguments, the sum of absolute terms of every output and gradient, in
         order.
+    scores: of an op that returns ids through rounded steps, from the arguments: the score of every
+        id and the sum of its absolute terms, two [..., V]. Without, ids must be exact.
     smooth: differentiable at these arguments, so that finite differences can be taken.
     benchmark: large, for timing; the others are small, for the laws.
     dtype: that the benchmark runs in.  rounds: how often it is timed.
+    official_arguments: what the official formula takes where the op takes something prepared.
     """
 
     op: str
@@ -37,17 +40,25 @@ class Case:
     gradients: tuple[str, ...] = ()
     row_dims: dict[str, int] = field(default_factory=dict)
     magnitudes: Callable[[dict[str, Any]], list[Tensor]] | None = None
+    scores: Callable[[dict[str, Any]], tuple[Tensor, Tensor]] | None = None
     smooth: bool = True
     benchmark: bool = False
     dtype: torch.dtype = torch.float32
     rounds: int = 15
+    official_arguments: Callable[[], dict[str, Any]] | None = None
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
 
-    def make(self, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Any]:
-        """The arguments in a dtype on a device, with requires_grad where the op has a gradient."""
-        arguments = self.arguments()
+    def make(
+        self, dtype: torch.dtype | None = None, device: str = "cpu", official: bool = False
+    ) -> dict[str, Any]:
+        """The arguments in a dtype on a device, with requires_grad where the op has a gradient.
+
+        official: those of the official formula.
+        """
+        make = self.official_arguments if official and self.official_arguments else self.arguments
+        arguments = make()
         arguments = tree_map(lambda value: move(value, dtype or self.dtype, device), arguments)
         for leaf in self.leaves(arguments):
             leaf.requires_grad_()
@@ -129,6 +140,24 @@ def _patch_case(
     )
 
 
+def _encode_case(name: str, maker: Callable, *sizes: int, **options: Any) -> Case:
+    return Case("encode", name, lambda: maker(*sizes), row_dims={"ids": 0}, **options)
+
+
+def _decode_case(name: str, *sizes: int, **options: Any) -> Case:
+    return Case(
+        "decode",
+        name,
+        lambda: inputs.decode(*sizes),
+        row_dims={"latents": 0},
+        scores=magnitudes.decode_scores,
+        **options,
+    )
+
+
+ENCODER_SIZES = (2048, 8192, 512, 1280, 128, 4)  # the official layers on a vocabulary that fits
+DECODER_SIZES = (200, 128257, 512, 1280, 128, 4)  # the official decoder
+
 CASES = (
     Case("noise", "normal", lambda: inputs.noise(3, 5, 70, "normal"), row_dims={"rows": 0}),
     Case("noise", "uniform", lambda: inputs.noise(2, 4, 13, "uniform"), row_dims={"rows": 0}),
@@ -192,18 +221,22 @@ CASES = (
         gradients=("x", "norm_weight", "gate", "up", "down"),
         row_dims={"x": 0},
     ),
-    Case(
-        "encode",
-        "R5-K4-H16",
-        lambda: dict(ids=inputs.ids(1, 31, 5, 4), weights=inputs.encoder(31, 16, 40, 8, 4)),
-        row_dims={"ids": 0},
+    _encode_case("R5-K4-H16", inputs.encode, 5, 31, 16, 40, 8, 4, gradients=("weights",)),
+    _encode_case("R3-K1-H7", inputs.encode, 3, 5, 7, 9, 3, 1),
+    _encode_case("folded-R5-K4-H16", inputs.folded_encode, 5, 31, 16, 40, 8, 4),
+    _encode_case("folded-R200-K3-H13", inputs.folded_encode, 200, 50, 13, 21, 5, 3),
+    _encode_case("R2048-K4-H512-V8192", inputs.encode, *ENCODER_SIZES, benchmark=True),
+    _encode_case(
+        "folded-R2048-K4-H512-V8192",
+        inputs.folded_encode,
+        *ENCODER_SIZES,
+        benchmark=True,
+        official_arguments=lambda: inputs.encode(*ENCODER_SIZES),
     ),
-    Case(
-        "decode",
-        "R5-K4-H16",
-        lambda: dict(latents=inputs.normal(1, 5, 8), weights=inputs.decoder(31, 16, 40, 8, 4)),
-        row_dims={"latents": 0},
-    ),
+    _decode_case("R5-K4-H16", 5, 31, 16, 40, 8, 4),
+    _decode_case("R150-K2-H13", 150, 301, 13, 21, 5, 2),
+    _decode_case("R200-K4-H512-V128257", *DECODER_SIZES, benchmark=True),
+    _decode_case("R200-K4-H512-V128257-bf16", *DECODER_SIZES, benchmark=True, dtype=torch.bfloat16),
     Case(
         "sample_latents",
         "R5-H16-S3",

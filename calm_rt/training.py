@@ -17,7 +17,14 @@ from torch import Tensor
 from calm_rt import checkpoint, evaluation
 from calm_rt.data import TokenShards
 from calm_rt.losses import autoencoder_loss, energy_loss
-from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
+from calm_rt.nn import (
+    Autoencoder,
+    AutoencoderConfig,
+    Calm,
+    CalmConfig,
+    fold_encoder,
+    folded_bytes,
+)
 from calm_rt.ops.check import check
 from calm_rt.training_config import FREE_SETTINGS, TrainingConfig
 from calm_rt.training_loop import Loss, Metrics, TrainingDiverged, TrainingLoop
@@ -211,6 +218,11 @@ def _fit(
     state = _state(training, data, output, resume)
     if resume:
         state.restore(output, model, optimizer)
+    if isinstance(model, Calm) and training.fold_encoder:
+        size = folded_bytes(model.ae_model) / 1e6
+        if world.rank == 0:
+            print(f"encoder folded into {size:.1f} MB of tables (fold_encoder=False saves them)")
+        fold_encoder(model.ae_model)
     loop = TrainingLoop(
         model, loss_function, evaluate, data, output, training, world, optimizer, state
     )

@@ -17,6 +17,7 @@ FREE_SETTINGS = {
     "save_every",
     "evaluation_blocks",
     "target_accuracy",
+    "fold_encoder",
 }
 
 
@@ -40,6 +41,7 @@ class TrainingConfig:
     precision: str = "auto"  # "fp32", "bf16" (autocast), or whichever is faster here, measured once
     random_tokens: float = 0.0  # share of the autoencoder's tokens made random, to learn rare ones
     num_targets: int = 100  # M, target draws of the energy score
+    fold_encoder: bool = True  # posteriors by table, for K V H numbers of memory (nn.fold_encoder)
     seed: int = 0
     log_every: int = 10
     evaluate_every: int = 200

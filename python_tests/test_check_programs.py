@@ -103,7 +103,10 @@ MAXIMUM = "if (lane == 0) maxima[warp] = value;\n"
 KNOWN = "if (threadIdx.x == 0 && known)"
 TIE = "score == other.score && id < other.id"
 
+KNOWN_ID = "known && ids[j] >= 0 && ids[j] < p.vocabulary"
+
 BUGS = (
+    Bug("any-id-is-known", "encode.cu", KNOWN_ID, "known", "AddressSanitizer", "asan"),
     Bug(
         "no-barrier-in-maximum",
         "reduce.cuh",

@@ -105,6 +105,9 @@ def test_error_at_most_twice_the_reference(case: Case, device: str, dtype: torch
         ours, truth, reference, exact, magnitudes, strict=True
     ):
         assert output.shape == value.shape
+        if not output.is_floating_point() and case.scores:
+            check_scores(case, exact_arguments, output.cpu(), expected, dtype)
+            continue
         if not output.is_floating_point():  # ids are those of exact arithmetic, not almost
             assert torch.equal(output.cpu(), value)
             continue
@@ -117,6 +120,19 @@ def test_error_at_most_twice_the_reference(case: Case, device: str, dtype: torch
             allowed = allowed + torch.finfo(output.dtype).eps * normal
         worst = (error / allowed).max().item() if error.numel() else 0.0
         assert (error <= allowed).all(), f"{worst:.2f} times the error that is allowed"
+
+
+def check_scores(
+    case: Case, arguments: dict, ids: Tensor, reference_ids: Tensor, dtype: torch.dtype
+) -> None:
+    """Each id's exact score is the best one, up to twice what the reference misses and rounding."""
+    scores, magnitudes = case.scores(arguments)
+
+    def missed(chosen: Tensor) -> Tensor:
+        return scores.amax(-1) - scores.gather(-1, chosen[..., None]).squeeze(-1)
+
+    allowed = 2 * missed(reference_ids).max() + torch.finfo(dtype).eps * magnitudes.amax(-1)
+    assert (missed(ids) <= allowed).all()
 
 
 @pytest.mark.parametrize(

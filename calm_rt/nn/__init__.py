@@ -1,6 +1,6 @@
 """Models with the official parameter names: state dicts of the official checkpoints fit."""
 
-from calm_rt.nn.autoencoder import Autoencoder
+from calm_rt.nn.autoencoder import Autoencoder, fold_encoder, folded_bytes
 from calm_rt.nn.backbone import KVCache, Transformer
 from calm_rt.nn.calm import Calm
 from calm_rt.nn.config import AutoencoderConfig, CalmConfig
@@ -14,4 +14,6 @@ __all__ = [
     "EnergyHead",
     "KVCache",
     "Transformer",
+    "fold_encoder",
+    "folded_bytes",
 ]

@@ -7,7 +7,14 @@ so they neither wait for a device nor break a `torch.compile` graph.
 import torch
 from torch import Tensor
 
-from calm_rt.reference import DecoderWeights, EncoderWeights, HeadWeights, LinearWeights, MlpWeights
+from calm_rt.reference import (
+    DecoderWeights,
+    EncoderWeights,
+    FoldedEncoderWeights,
+    HeadWeights,
+    LinearWeights,
+    MlpWeights,
+)
 
 
 def check(condition: bool, name: str, expected: object, got: object) -> None:
@@ -73,13 +80,17 @@ def check_mlp(name: str, weights: MlpWeights, hidden_size: int) -> None:
     check_shape(f"{name}.down", weights.down, H=hidden_size, I=weights.gate.shape[0])
 
 
-def check_encoder(weights: EncoderWeights, patch_size: int) -> None:
+def check_encoder(weights: EncoderWeights | FoldedEncoderWeights, patch_size: int) -> None:
     """Raises ValueError unless these are an encoder's weights for `patch_size` tokens."""
-    check_shape("weights.embedding", weights.embedding, V=None, H=None)
-    hidden_size = weights.embedding.shape[1]
-    check_linear("weights.squeeze", weights.squeeze, hidden_size, patch_size * hidden_size)
-    for layer in weights.token_layers:
-        check_mlp("weights.token_layers", layer, hidden_size)
+    if isinstance(weights, FoldedEncoderWeights):
+        check_shape("weights.tables", weights.tables, K=patch_size, V=None, H=None)
+        hidden_size = weights.tables.shape[2]
+    else:
+        check_shape("weights.embedding", weights.embedding, V=None, H=None)
+        hidden_size = weights.embedding.shape[1]
+        check_linear("weights.squeeze", weights.squeeze, hidden_size, patch_size * hidden_size)
+        for layer in weights.token_layers:
+            check_mlp("weights.token_layers", layer, hidden_size)
     for layer in weights.patch_layers:
         check_mlp("weights.patch_layers", layer, hidden_size)
     check_shape("weights.norm", weights.norm, H=hidden_size)

@@ -1,11 +1,20 @@
 """The autoencoder's decoder: a latent vector to the tokens of a patch."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_decoder, check_device, check_float
+from calm_rt.ops.gated_mlp import flat_layers, gated_mlp
 from calm_rt.ops.linear_argmax import linear_argmax
 from calm_rt.reference import DecoderWeights
+
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Tensor:
@@ -18,10 +27,65 @@ def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Te
     Raises ValueError for other shapes, types or devices.
     Source: the official Decoder.forward and the argmax behind it.
     """
+    _check(latents, weights)
+    if not _native.use_native("decode", latents, latents.dtype, DTYPES):
+        return reference.decode(latents, weights, eps)
+    leaves = [latents, *tree_leaves(weights)]
+    mixed = any(leaf.dtype != latents.dtype for leaf in leaves)
+    if mixed or torch.is_autocast_enabled(latents.device.type):
+        hidden = decode_hidden(latents, weights, eps=eps)  # [R, K, H]
+        return linear_argmax(hidden.flatten(0, 1), weights.vocabulary).view(hidden.shape[:2])
+    return torch.ops.calm_rt.decode(latents, *_flat(weights), eps)
+
+
+def decode_hidden(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Tensor:
+    """The decoder before its vocabulary projection, as the training loss needs it.
+
+    latents: [R, L].
+    weights: of the decoder.
+    returns: [R, K, H], with gradients.
+    Raises ValueError for other shapes, types or devices.
+    """
+    _check(latents, weights)
+    hidden = F.linear(latents, *weights.latent)
+    for layer in weights.patch_layers:
+        hidden = gated_mlp(hidden, *layer, eps=eps)
+    hidden = F.linear(hidden, *weights.expand).unflatten(-1, (-1, weights.norm.shape[0]))
+    for layer in weights.token_layers:
+        hidden = gated_mlp(hidden, *layer, eps=eps)
+    return reference.rms_norm(hidden, weights.norm, eps)
+
+
+def _flat(weights: DecoderWeights) -> tuple:
+    """The weights as the kernel's schema lists them."""
+    norm = weights.norm.to(torch.promote_types(weights.norm.dtype, torch.float32))
+    patches = *weights.latent, flat_layers(weights.patch_layers)
+    tokens = *weights.expand, flat_layers(weights.token_layers)
+    return *patches, *tokens, norm, weights.vocabulary
+
+
+def _check(latents: Tensor, weights: DecoderWeights) -> None:
     check(latents.ndim == 2, "latents", "shape [R, L]", list(latents.shape))
     check_float("latents", latents)
     check_decoder(weights, latents.shape[1])
     check_device(latents.device, vocabulary=weights.vocabulary)
-    _native.reference_only("decode")
-    hidden = reference.decode_hidden(latents, weights, eps)  # [R, K, H]
-    return linear_argmax(hidden.flatten(0, 1), weights.vocabulary).view(hidden.shape[:2])
+
+
+def _fake(
+    latents,
+    latent,
+    latent_bias,
+    patch_layers,
+    expand,
+    expand_bias,
+    token_layers,
+    norm,
+    vocabulary,
+    eps,
+):
+    return latents.new_empty(
+        (latents.shape[0], expand.shape[0] // norm.shape[0]), dtype=torch.int64
+    )
+
+
+_native.register("decode", _fake)

@@ -1,19 +1,40 @@
 """The autoencoder's encoder: a patch of tokens to a Gaussian over latent vectors."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from calm_rt import _native, reference
-from calm_rt.ops.check import check_device, check_encoder, check_ids, check_int64, check_shape
-from calm_rt.reference import EncoderWeights
+from calm_rt.ops.check import (
+    check,
+    check_device,
+    check_encoder,
+    check_ids,
+    check_int64,
+    check_shape,
+    may_look,
+)
+from calm_rt.ops.gated_mlp import flat_layers, gated_mlp
+from calm_rt.reference import EncoderWeights, FoldedEncoderWeights
+
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
-def encode(ids: Tensor, weights: EncoderWeights, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def encode(
+    ids: Tensor, weights: EncoderWeights | FoldedEncoderWeights, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
     """Posterior mean and log standard deviation of each patch.
 
     ids: [R, K] int64, the tokens of a patch.
-    weights: of the encoder; the squeeze fixes K.
+    weights: of the encoder; the squeeze fixes K. Folded, of a frozen encoder, they save everything
+        before the squeeze (see `nn.fold_encoder`).
     eps: of the RMS norms.
-    returns: two [R, L], each contiguous.
+    returns: two [R, L], each contiguous, with gradients to weights that are not folded. On a GPU an
+        id outside [0, V) makes its row NaN.
     Raises ValueError for other shapes, types or devices, IndexError (in eager CPU code) for an id
     outside [0, V).
     Source: the official Encoder.forward.
@@ -21,8 +42,61 @@ def encode(ids: Tensor, weights: EncoderWeights, *, eps: float = 1e-6) -> tuple[
     check_shape("ids", ids, R=None, K=None)
     check_int64("ids", ids)
     check_encoder(weights, ids.shape[1])
-    check_device(ids.device, embedding=weights.embedding)
-    check_ids("ids", ids, weights.embedding.shape[0])
-    _native.reference_only("encode")
-    mean, log_std = reference.encode(ids, weights, eps)
+    folded = isinstance(weights, FoldedEncoderWeights)
+    table = weights.tables if folded else weights.embedding
+    check_device(ids.device, **{"tables" if folded else "embedding": table})
+    check_ids("ids", ids, table.shape[-2])
+    leaves = tree_leaves(weights)
+    trained = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    check(not (folded and trained), "weights", "no gradient to folded weights", "one")
+    if not _native.use_native("encode", ids, table.dtype, DTYPES):
+        mean, log_std = reference.encode(ids, weights, eps)
+    elif trained or torch.is_autocast_enabled(ids.device.type):
+        mean, log_std = _encode_distinct(ids, weights, eps)
+    else:
+        return torch.ops.calm_rt.encode(ids, *_flat(weights), eps)
     return mean.contiguous(), log_std.contiguous()
+
+
+def _encode_distinct(ids: Tensor, weights: EncoderWeights, eps: float) -> tuple[Tensor, Tensor]:
+    """The encoder with gradients: the token layers see every distinct token once.
+
+    What they make of a token does not depend on its slot, and text repeats its tokens.
+    """
+    if may_look(ids):
+        tokens, slots = ids.unique(return_inverse=True)
+    elif ids.numel() < weights.embedding.shape[0]:
+        tokens, slots = ids, None
+    else:
+        tokens, slots = None, ids
+    hidden = weights.embedding if tokens is None else F.embedding(tokens, weights.embedding)
+    for layer in weights.token_layers:
+        hidden = gated_mlp(hidden, *layer, eps=eps)
+    if slots is not None:
+        hidden = F.embedding(slots, hidden)  # [R, K, H]
+    hidden = F.linear(hidden.flatten(-2), *weights.squeeze)
+    for layer in weights.patch_layers:
+        hidden = gated_mlp(hidden, *layer, eps=eps)
+    hidden = reference.rms_norm(hidden, weights.norm, eps)
+    mean, log_std = F.linear(hidden, *weights.latent).chunk(2, -1)
+    return mean, log_std
+
+
+def _flat(weights: EncoderWeights | FoldedEncoderWeights) -> tuple:
+    """The weights as the kernel's schema lists them."""
+    if isinstance(weights, FoldedEncoderWeights):
+        first = (weights.tables, [], None, None)
+    else:
+        first = (weights.embedding, flat_layers(weights.token_layers), *weights.squeeze)
+    norm = weights.norm.to(torch.promote_types(weights.norm.dtype, torch.float32))
+    return *first, flat_layers(weights.patch_layers), norm, *weights.latent
+
+
+def _fake(
+    ids, tables, token_layers, squeeze, squeeze_bias, patch_layers, norm, latent, latent_bias, eps
+):
+    shape = (ids.shape[0], latent.shape[0] // 2)
+    return tables.new_empty(shape), tables.new_empty(shape)
+
+
+_native.register("encode", _fake)

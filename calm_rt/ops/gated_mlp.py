@@ -1,9 +1,11 @@
 """The autoencoder's layer: a residual gated MLP on a normalised input."""
 
+import torch
 from torch import Tensor
 
 from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_device, check_float, check_shape
+from calm_rt.reference import MlpWeights
 
 
 def gated_mlp(
@@ -30,3 +32,11 @@ def gated_mlp(
     check_device(x.device, norm_weight=norm_weight, gate=gate, up=up, down=down)
     _native.reference_only("gated_mlp")
     return reference.gated_mlp(x, norm_weight, gate, up, down, eps)
+
+
+def flat_layers(layers: list[MlpWeights]) -> list[Tensor]:
+    """The weights of a chain of layers as kernels list them, norms in the accumulation type."""
+    flat = []
+    for norm, *matrices in layers:
+        flat += [norm.to(torch.promote_types(norm.dtype, torch.float32)), *matrices]
+    return flat

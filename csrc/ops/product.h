@@ -71,14 +71,18 @@ void multiply(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out, cons
 // out = bias + a b with bias [columns], in a task; `like` has their device and type.
 template <class Device, class T>
 void multiply(const Matrix<T>& a, const Matrix<T>& b, const T* bias, const Matrix<T>& out, const Tensor& like) {
-  const Matrix<T> bias_row{bias, 1, out.columns};
-  const Tensor a_ = a.tensor(like), b_ = b.tensor(like), out_ = out.tensor(like), bias_ = bias_row.tensor(like);
+  const std::array<int64_t, 1> sizes{out.columns}, strides{1};
+  const Tensor bias_ =
+      torch::stable::from_blob(const_cast<T*>(bias), sizes, strides, like.device(), like.scalar_type());
+  const Tensor a_ = a.tensor(like), out_ = out.tensor(like);
   if constexpr (std::is_same_v<Device, Cpu>) {
+    const Tensor b_ = b.tensor(like);
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out_.get(), bias_.get(), a_.get(), b_.get(), 1, 1));
   } else {
     using torch::stable::detail::from;
-    std::array<StableIValue, 6> stack{from(bias_), from(a_), from(b_), from(1.0), from(1.0), from(out_)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "out", stack.data(), TORCH_ABI_VERSION));
+    const Tensor weight = (~b).tensor(like);
+    std::array<StableIValue, 4> stack{from(a_), from(weight), from(std::optional<Tensor>(bias_)), from(out_)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
   }
 }

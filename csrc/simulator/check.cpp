@@ -66,6 +66,7 @@ void check_noise() {
 int main() {
   try {
     calm_rt::check_noise();
+    calm_rt::check_encode();
     calm_rt::check_energy_score();
     calm_rt::check_linear_argmax();
     calm_rt::check_linear_cross_entropy();

@@ -2,6 +2,8 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "ops/decode.h"
+#include "ops/encode.h"
 #include "ops/energy_score.h"
 #include "ops/linear_argmax.h"
 #include "ops/linear_cross_entropy.h"
@@ -22,6 +24,12 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
       "noise(Tensor seed, Tensor rows, int num_draws, int length, int stream, bool normal, ScalarType dtype) -> "
       "Tensor");
   m.def(
+      "decode(Tensor latents, Tensor latent, Tensor latent_bias, Tensor[] patch_layers, Tensor expand, Tensor "
+      "expand_bias, Tensor[] token_layers, Tensor norm, Tensor vocabulary, float eps) -> Tensor");
+  m.def(
+      "encode(Tensor ids, Tensor tables, Tensor[] token_layers, Tensor? squeeze, Tensor? squeeze_bias, Tensor[] "
+      "patch_layers, Tensor norm, Tensor latent, Tensor latent_bias, float eps) -> (Tensor mean, Tensor log_std)");
+  m.def(
       "energy_score(Tensor x, Tensor mean, Tensor log_std, Tensor seed, Tensor rows, int num_targets, float beta, "
       "bool need_grad_x, bool need_grad_target) -> (Tensor score, Tensor diversity, Tensor fidelity, Tensor grad_x, "
       "Tensor grad_mean, Tensor grad_log_std)");
@@ -39,6 +47,8 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CPU, m) {
   m.impl("noise", TORCH_BOX(&calm_rt::noise<calm_rt::Cuda>));
+  m.impl("decode", TORCH_BOX(&calm_rt::decode<calm_rt::Cuda>));
+  m.impl("encode", TORCH_BOX(&calm_rt::encode<calm_rt::Cuda>));
   m.impl("energy_score", TORCH_BOX(&calm_rt::energy_score<calm_rt::Cuda>));
   m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cuda>));
   m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cuda>));

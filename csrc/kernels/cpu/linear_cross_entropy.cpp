@@ -36,14 +36,6 @@ CALM_INLINE void each_vector(T* data, int64_t size, const Body& body) {
   body(load(tail), data + i, size - i);
 }
 
-template <class V, class T>
-CALM_INLINE void store_some(T* to, V v, int64_t count) {
-  if (count == lanes<V>) return store(to, v);
-  T tail[lanes<V>];
-  store(tail, v);
-  std::memcpy(to, tail, static_cast<size_t>(count) * sizeof(T));
-}
-
 // The logits of one row.
 template <class T>
 struct LogitRow {

@@ -131,6 +131,30 @@ CALM_INLINE void store(half* p, Float v) {
 #endif
 }
 
+// The first `count` of a vector's elements, zeros after them.
+template <class V, class T>
+CALM_INLINE V load_some(const T* from, int64_t count) {
+  if (count == lanes<V>) return load(from);
+  T part[lanes<V>] = {};
+  std::memcpy(part, from, static_cast<size_t>(count) * sizeof(T));
+  return load(part);
+}
+template <class V, class T>
+CALM_INLINE void store_some(T* to, V v, int64_t count) {
+  if (count == lanes<V>) return store(to, v);
+  T part[lanes<V>];
+  store(part, v);
+  std::memcpy(to, part, static_cast<size_t>(count) * sizeof(T));
+}
+
+// Calls body(i, count) for elements i ... i + count - 1 of all of [begin, end), a vector of them at a time.
+template <class V, class Body>
+CALM_INLINE void each_run(int64_t begin, int64_t end, const Body& body) {
+  int64_t i = begin;
+  for (; i + lanes<V> <= end; i += lanes<V>) body(i, int64_t{lanes<V>});
+  if (i < end) body(i, end - i);
+}
+
 // ---- arithmetic ----
 
 CALM_INLINE Float select(Int mask, Float a, Float b) { return mask ? a : b; }

@@ -1,0 +1,115 @@
+// The residual gated MLP on the GPU. Memory bounds all of these kernels.
+//
+// rms_norm_kernel: a warp owns a row, a lane eight consecutive elements at a time; the second read comes from L1.
+// swiglu_kernel, add_residual_kernel: a thread owns eight elements.
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/gated_mlp.h"
+
+namespace calm_rt {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int64_t kMaxBlocks = 1 << 14;  // several times what any device holds at once; the rest is strided over
+
+// 1 / sqrt(mean(x^2) + eps) of one row, known to all lanes of the warp.
+template <class X>
+__device__ __forceinline__ float inverse_rms(const X* x, int64_t size, float eps, bool packed) {
+  float squares = 0;
+  for (int64_t i = threadIdx.x % kWarpSize * kEight; i < size; i += kWarpSize * kEight) {
+    const Run<kEight> run = load_run<kEight>(x, i, size, packed);
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) squares += run.value[e] * run.value[e];
+  }
+  return rsqrtf(warp_sum(squares) / static_cast<float>(size) + eps);
+}
+
+template <class X, class T>
+__global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNorm<X, T> p, bool packed) {
+  const int64_t warp = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarpSize;
+  for (int64_t row = warp; row < p.num_rows; row += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const X* x = p.x + row * p.size;
+    const float inverse = inverse_rms(x, p.size, static_cast<float>(p.eps), packed);
+    for (int64_t i = threadIdx.x % kWarpSize * kEight; i < p.size; i += kWarpSize * kEight) {
+      Run<kEight> run = load_run<kEight>(x, i, p.size, packed);
+      const Run<kEight> weight = load_run<kEight>(p.weight, i, p.size, packed);
+#pragma unroll
+      for (int e = 0; e < kEight; ++e) run.value[e] *= inverse * weight.value[e];
+      store_run(run, p.out + row * p.size, i, p.size, packed);
+    }
+  }
+}
+
+// Calls body(first element) for this thread's eights of [0, count).
+template <class Body>
+__device__ __forceinline__ void each_eight(int64_t count, const Body& body) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kEight;
+  const int64_t begin = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kEight;
+  for (int64_t i = begin; i < count; i += stride) body(i);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) swiglu_kernel(SwiGlu<T> p, bool packed) {
+  each_eight(p.count, [&](int64_t i) {
+    Run<kEight> run = load_run<kEight>(p.gate, i, p.count, packed);
+    const Run<kEight> up = load_run<kEight>(p.up, i, p.count, packed);
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) run.value[e] *= up.value[e] / (1 + expf(-run.value[e]));
+    store_run(run, p.out, i, p.count, packed);
+  });
+}
+
+template <class X, class T>
+__global__ void __launch_bounds__(kThreads) add_residual_kernel(AddResidual<X, T> p, bool packed) {
+  each_eight(p.count, [&](int64_t i) {
+    Run<kEight> run = load_run<kEight>(p.x, i, p.count, packed);
+    const Run<kEight> product = load_run<kEight>(p.product, i, p.count, packed);
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) run.value[e] += product.value[e];
+    store_run(run, p.out, i, p.count, packed);
+  });
+}
+
+}  // namespace
+
+template <class X, class T>
+void launch(Cuda device, const RmsNorm<X, T>& p) {
+  if (p.num_rows == 0) return;
+  const bool packed =
+      is_packed<kEight>(p.x, p.size) && is_packed<kEight>(p.weight, p.size) && is_packed<kEight>(p.out, p.size);
+  launch_kernel("rms_norm_kernel", rms_norm_kernel<X, T>, grid_size(p.num_rows, kWarps, kMaxBlocks), kThreads, device,
+                p, packed);
+}
+
+template <class T>
+void launch(Cuda device, const SwiGlu<T>& p) {
+  if (p.count == 0) return;
+  const bool packed =
+      is_packed<kEight>(p.gate, p.count) && is_packed<kEight>(p.up, p.count) && is_packed<kEight>(p.out, p.count);
+  launch_kernel("swiglu_kernel", swiglu_kernel<T>, grid_size(p.count, kThreads * kEight, kMaxBlocks), kThreads, device,
+                p, packed);
+}
+
+template <class X, class T>
+void launch(Cuda device, const AddResidual<X, T>& p) {
+  if (p.count == 0) return;
+  const bool packed =
+      is_packed<kEight>(p.x, p.count) && is_packed<kEight>(p.product, p.count) && is_packed<kEight>(p.out, p.count);
+  launch_kernel("add_residual_kernel", add_residual_kernel<X, T>, grid_size(p.count, kThreads * kEight, kMaxBlocks),
+                kThreads, device, p, packed);
+}
+
+#define CALM_INSTANTIATE(X, T)                      \
+  template void launch(Cuda, const RmsNorm<X, T>&); \
+  template void launch(Cuda, const AddResidual<X, T>&);
+CALM_INSTANTIATE(float, float)
+CALM_INSTANTIATE(bfloat16, bfloat16)
+CALM_INSTANTIATE(half, half)
+CALM_INSTANTIATE(float, bfloat16)
+CALM_INSTANTIATE(float, half)
+#undef CALM_INSTANTIATE
+template void launch(Cuda, const SwiGlu<float>&);
+template void launch(Cuda, const SwiGlu<bfloat16>&);
+template void launch(Cuda, const SwiGlu<half>&);
+
+}  // namespace calm_rt

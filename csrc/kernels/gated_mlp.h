@@ -1,0 +1,58 @@
+// The autoencoder's layer, a residual gated MLP on a normalised input:
+//
+//   out = x + down (silu(gate n) * up n),  n = x / sqrt(mean(x^2) + eps) * norm_weight,  silu(z) = z / (1 + exp(-z))
+//
+// The library multiplies; these kernels are what stands between the products. T is the type of the products, X that of
+// x and out: T, or float where autocast multiplies 16-bit matrices on a float residual stream. Arithmetic is in the
+// accumulation type, each output is rounded once.
+//
+// RmsNorm reads R*H values twice, the second time from a cache, and writes them once; SwiGlu reads two values and
+// writes one for each of R*I elements, AddResidual as much for each of R*H.
+#pragma once
+#include <cstdint>
+
+#include "common/device.h"
+#include "common/types.h"
+
+namespace calm_rt {
+
+template <class X, class T = X>
+struct RmsNorm {
+  const X* x;                       // [R, H]
+  const AccumulateType<X>* weight;  // [H]
+  T* out;                           // [R, H]
+  int64_t num_rows;                 // R
+  int64_t size;                     // H
+  double eps;
+};
+
+template <class T>
+struct SwiGlu {
+  const T* gate;  // [count]
+  const T* up;    // [count]
+  T* out;         // [count], silu(gate) * up; may be gate or up
+  int64_t count;
+};
+
+template <class X, class T = X>
+struct AddResidual {
+  const X* x;        // [count]
+  const T* product;  // [count]
+  X* out;            // [count], x + product; may be x
+  int64_t count;
+};
+
+template <class X, class T>
+void launch(Cpu device, const RmsNorm<X, T>& p);  // X = T of float, double, bfloat16, half, or float with a 16-bit T
+template <class T>
+void launch(Cpu device, const SwiGlu<T>& p);
+template <class X, class T>
+void launch(Cpu device, const AddResidual<X, T>& p);
+template <class X, class T>
+void launch(Cuda device, const RmsNorm<X, T>& p);  // the same without double
+template <class T>
+void launch(Cuda device, const SwiGlu<T>& p);
+template <class X, class T>
+void launch(Cuda device, const AddResidual<X, T>& p);
+
+}  // namespace calm_rt

@@ -1,0 +1,132 @@
+"""Encoders and decoders as the models use them: folded, trained, under autocast, on the GPU."""
+
+import sys
+
+import pytest
+import torch
+from test_simulator import SCHEDULES, simulator  # noqa: F401  (a fixture)
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import calm_rt
+from calm_rt import inputs, ops, reference
+from calm_rt.nn import Autoencoder, AutoencoderConfig, fold_encoder, folded_bytes
+from calm_rt.ops.decode import decode_hidden
+from calm_rt.testing import CASES
+
+CONFIG = AutoencoderConfig(
+    patch_size=3, vocab_size=50, hidden_size=24, intermediate_size=40, latent_size=5
+)
+IDS = torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+def frozen(dtype: torch.dtype = torch.float32) -> Autoencoder:
+    torch.manual_seed(1)
+    return Autoencoder(CONFIG).to(dtype).requires_grad_(False)
+
+
+def folded(dtype: torch.dtype = torch.float32) -> Autoencoder:
+    autoencoder = frozen(dtype)
+    fold_encoder(autoencoder)
+    return autoencoder
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_folding_changes_rounding_only(backend: str) -> None:
+    with calm_rt.backend("reference"):
+        exact = frozen(torch.float64).encode(IDS)
+    with calm_rt.backend(backend):
+        for dtype in (torch.float32, torch.bfloat16):
+            plain, by_table = frozen(dtype).encode(IDS), folded(dtype).encode(IDS)
+            for value, rival, truth in zip(by_table, plain, exact, strict=True):
+                error, own = (value - truth).abs(), (rival - truth).abs()
+                few_eps = 4 * torch.finfo(dtype).eps * (truth.abs() + 1)
+                assert (error <= 2 * own.max() + few_eps).all()
+
+
+def test_folded_tables_are_not_saved_and_leave_with_the_parameters() -> None:
+    autoencoder = folded()
+    assert autoencoder.encoder.tables.nbytes == folded_bytes(autoencoder)
+    assert autoencoder.state_dict().keys() == frozen().state_dict().keys()
+    other = frozen()
+    with torch.no_grad():
+        other.encoder.embed_tokens.weight.mul_(2)
+    expected = other.encode(IDS)
+    autoencoder.load_state_dict(other.state_dict())
+    assert autoencoder.encoder.tables is None
+    assert all(map(torch.equal, autoencoder.encode(IDS), expected))
+
+
+def test_a_trained_encoder_is_not_folded() -> None:
+    with pytest.raises(ValueError, match=r"autoencoder: expected a frozen autoencoder.*got "):
+        fold_encoder(Autoencoder(CONFIG))
+    autoencoder = folded().requires_grad_(True)  # trains again
+    autoencoder.encode(IDS)[0].sum().backward()
+    assert autoencoder.encoder.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_folded_weights_get_no_gradient() -> None:
+    arguments = inputs.folded_encode(2, 9, 8, 12, 3, 2)
+    arguments["weights"].tables.requires_grad_()
+    with pytest.raises(ValueError, match="weights: expected no gradient to folded weights"):
+        ops.encode(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("wrong", [-1, 31])
+def test_unknown_ids_are_named(backend: str, wrong: int) -> None:
+    for make in (inputs.encode, inputs.folded_encode):
+        arguments = make(4, 31, 8, 12, 3, 2)
+        arguments["ids"][2, 1] = wrong
+        with (
+            calm_rt.backend(backend),
+            pytest.raises(IndexError, match=rf"ids: expected token ids in \[0, 31\), got {wrong}$"),
+        ):
+            ops.encode(**arguments)
+
+
+def test_autocast_takes_the_products_in_its_type() -> None:
+    arguments = inputs.decode(6, 31, 16, 40, 8, 4)
+    case = next(case for case in CASES if case.op == "decode")
+    arguments = case.make()
+    with calm_rt.backend("native"), torch.autocast("cpu", torch.bfloat16):
+        hidden = decode_hidden(**arguments)
+        assert ops.decode(**arguments).shape == hidden.shape[:2]
+        expected = reference.decode_hidden(arguments["latents"], arguments["weights"], 1e-6)
+    assert hidden.dtype == expected.dtype
+
+
+# ---- the CUDA kernels, in the simulator ----
+
+
+def chain_cases(op: str) -> list:
+    return [case for case in CASES if case.op == op and not case.benchmark]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", chain_cases("encode"), ids=str)
+def test_simulated_encode(simulator, case, dtype: torch.dtype) -> None:  # noqa: F811
+    arguments = case.make(dtype)
+    ids, weights = arguments["ids"], arguments["weights"]
+    flat = sys.modules[ops.encode.__module__]._flat(tree_map(Tensor.detach, weights))
+    runs = []
+    for schedule in SCHEDULES:
+        simulator.set_schedule(schedule)
+        runs.append(simulator.encode(ids, *flat, 1e-6))
+    exact = reference.encode(ids, case.make(torch.float64)["weights"], 1e-6)
+    for output, first, native, truth in zip(
+        runs[-1], runs[0], ops.encode(ids, weights), exact, strict=True
+    ):
+        assert torch.equal(output, first)
+        own = (native.detach() - truth).abs().max()
+        assert (
+            (output - truth).abs() <= 2 * own + 4 * torch.finfo(dtype).eps * (truth.abs() + 1)
+        ).all()
+
+
+@pytest.mark.parametrize("case", chain_cases("decode"), ids=str)
+def test_simulated_decode(simulator, case) -> None:  # noqa: F811
+    arguments = case.make()
+    latents, weights = arguments["latents"], arguments["weights"]
+    ids = simulator.decode(latents, *sys.modules[ops.decode.__module__]._flat(weights), 1e-6)
+    assert torch.equal(ids, ops.decode(latents, weights))
