@@ -50,6 +50,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, **_) ->
     return torch.nn.functional.cross_entropy(logits, target)
 
 
+def gated_mlp(
+    x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, eps: float = 1e-6
+) -> Tensor:
+    """`AELayer.forward`, a LlamaRMSNorm and a LlamaMLP."""
+    return reference.gated_mlp(x, norm_weight, gate, up, down, eps)
+
+
 def encode(ids: Tensor, weights: EncoderWeights, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """`Encoder.forward`: every token of every patch through the token layers."""
     return reference.encode(ids, weights, eps)

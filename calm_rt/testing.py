@@ -5,6 +5,7 @@ know how large the terms are that an output sums up: `magnitudes` is that sum of
 for each output and gradient.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,6 +141,12 @@ def _patch_case(
     )
 
 
+def _mlp_case(name: str, *sizes: int, **options: Any) -> Case:
+    gradients = ("x", "norm_weight", "gate", "up", "down")
+    make = functools.partial(inputs.gated_mlp, *sizes)
+    return Case("gated_mlp", name, make, gradients, row_dims={"x": 0}, **options)
+
+
 def _encode_case(name: str, maker: Callable, *sizes: int, **options: Any) -> Case:
     return Case("encode", name, lambda: maker(*sizes), row_dims={"ids": 0}, **options)
 
@@ -214,13 +221,9 @@ CASES = (
         hidden=512,
         vocabulary=128257,
     ),
-    Case(
-        "gated_mlp",
-        "R7-H16-I40",
-        lambda: inputs.gated_mlp(7, 16, 40),
-        gradients=("x", "norm_weight", "gate", "up", "down"),
-        row_dims={"x": 0},
-    ),
+    _mlp_case("R7-H16-I40", 7, 16, 40),
+    _mlp_case("R70-H33-I21", 70, 33, 21),  # several tiles, partial sums and odd rows
+    _mlp_case("R2048-H512-I1280", 2048, 512, 1280, benchmark=True),
     _encode_case("R5-K4-H16", inputs.encode, 5, 31, 16, 40, 8, 4, gradients=("weights",)),
     _encode_case("R3-K1-H7", inputs.encode, 3, 5, 7, 9, 3, 1),
     _encode_case("folded-R5-K4-H16", inputs.folded_encode, 5, 31, 16, 40, 8, 4),

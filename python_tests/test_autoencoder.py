@@ -86,14 +86,34 @@ def test_unknown_ids_are_named(backend: str, wrong: int) -> None:
 
 
 def test_autocast_takes_the_products_in_its_type() -> None:
-    arguments = inputs.decode(6, 31, 16, 40, 8, 4)
-    case = next(case for case in CASES if case.op == "decode")
-    arguments = case.make()
+    arguments = next(case for case in CASES if case.op == "decode").make()
     with calm_rt.backend("native"), torch.autocast("cpu", torch.bfloat16):
         hidden = decode_hidden(**arguments)
         assert ops.decode(**arguments).shape == hidden.shape[:2]
         expected = reference.decode_hidden(arguments["latents"], arguments["weights"], 1e-6)
     assert hidden.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gradients_of_a_layer(x_dtype: torch.dtype) -> None:
+    """A float residual stream beside bfloat16 products misses no more than twice the reference."""
+    case = next(case for case in CASES if case.op == "gated_mlp")
+
+    def run(backend: str, dtype: torch.dtype, x_dtype: torch.dtype) -> list[Tensor]:
+        arguments = {name: value.to(dtype) for name, value in inputs.gated_mlp(70, 48, 40).items()}
+        arguments["x"] = arguments["x"].to(x_dtype)
+        leaves = [arguments[name].requires_grad_() for name in case.gradients]
+        enabled = dtype == torch.float32
+        with calm_rt.backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = ops.gated_mlp(**arguments)
+        assert out.dtype == x_dtype
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum() / 2, leaves)]
+
+    truth = run("reference", torch.float64, torch.float64)
+    runs = [run(backend, torch.float32, x_dtype) for backend in ("native", "reference")]
+    for native, expected, exact in zip(*runs, truth, strict=True):
+        own = (expected - exact).abs().max()
+        assert ((native - exact).abs() <= 2 * own).all()
 
 
 # ---- the CUDA kernels, in the simulator ----
@@ -122,6 +142,34 @@ def test_simulated_encode(simulator, case, dtype: torch.dtype) -> None:  # noqa:
         assert (
             (output - truth).abs() <= 2 * own + 4 * torch.finfo(dtype).eps * (truth.abs() + 1)
         ).all()
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_simulated_gated_mlp(simulator, dtype: torch.dtype, x_dtype: torch.dtype) -> None:  # noqa: F811
+    if x_dtype not in (dtype, torch.float32):
+        pytest.skip("x is float or of the weights' type")
+    arguments = inputs.gated_mlp(70, 33, 21)
+    x, norm, *matrices = arguments.values()
+    x, norm = x.to(x_dtype), norm.float()
+    matrices = [matrix.to(dtype) for matrix in matrices]
+    grad = inputs.normal(9, 70, 33).to(x_dtype)
+    runs = []
+    for ops_of, schedule in ((torch.ops.calm_rt, 0), (simulator, 1), (simulator, 2)):
+        simulator.set_schedule(schedule)
+        out, *products = ops_of.gated_mlp(x, norm, *matrices, 1e-6, True)
+        saved = x, norm, *matrices, *products
+        runs.append(
+            [out, *ops_of.gated_mlp_backward(grad, grad.to(dtype), *saved, 1e-6, True)],
+        )
+    assert all(map(torch.equal, runs[1], runs[2]))
+    wide = [value.double().requires_grad_() for value in (x, norm, *matrices)]
+    exact = reference.gated_mlp(*wide, 1e-6)
+    truth = [exact.detach(), *torch.autograd.grad(exact, wide, grad.double())]
+    for native, simulated, value in zip(*runs[:2], truth, strict=True):
+        own = (native - value).abs().max()
+        few_eps = 4 * torch.finfo(simulated.dtype).eps * (value.abs() + 1)
+        assert ((simulated - value).abs() <= 2 * own + few_eps).all()
 
 
 @pytest.mark.parametrize("case", chain_cases("decode"), ids=str)

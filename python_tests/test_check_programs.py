@@ -78,6 +78,10 @@ def cross_entropy_bug(name: str, old: str, new: str, report: str, build: str = "
     return Bug(name, "linear_cross_entropy.cu", old, new, report, build)
 
 
+def mlp_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "gated_mlp.cu", old, new, report, build)
+
+
 RACE = "ThreadSanitizer: data race"
 WRONG = "mismatches"
 WRITE = "if (lane == 0) partial[warp] = value;\n"
@@ -103,9 +107,14 @@ MAXIMUM = "if (lane == 0) maxima[warp] = value;\n"
 KNOWN = "if (threadIdx.x == 0 && known)"
 TIE = "score == other.score && id < other.id"
 
+ROW_KNOWN = "static_cast<float>(p.size);\n  }\n  __syncthreads();\n"
+LAST_ROWS = "p.num_rows - first < kPartialRows"
 KNOWN_ID = "known && ids[j] >= 0 && ids[j] < p.vocabulary"
 
 BUGS = (
+    mlp_bug("rows-not-waited-for", ROW_KNOWN, ROW_KNOWN.replace(BARRIER, ""), RACE, "tsan"),
+    mlp_bug("rows-beyond-the-last", LAST_ROWS, "false", "Sanitizer", "asan"),
+    mlp_bug("one-term-of-two", "widen(p.grad_normal[1][element])", "0", WRONG),
     Bug("any-id-is-known", "encode.cu", KNOWN_ID, "known", "AddressSanitizer", "asan"),
     Bug(
         "no-barrier-in-maximum",

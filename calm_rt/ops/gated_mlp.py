@@ -7,6 +7,11 @@ from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_device, check_float, check_shape
 from calm_rt.reference import MlpWeights
 
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
 
 def gated_mlp(
     x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, eps: float = 1e-6
@@ -14,10 +19,14 @@ def gated_mlp(
     """x + down(silu(gate n) * up n), n = x / sqrt(mean(x^2) + eps) * norm_weight.
 
     x: [..., H].
-    norm_weight: [H].
+    norm_weight: [H], of any floating-point type.
     gate, up: [I, H].
     down: [H, I].
-    returns: [..., H].
+    eps: of the norm.
+    returns: [..., H] in x's type; once differentiable in everything but eps.
+    Memory: with gradients the products of gate and up are kept, two [..., I]; nothing of that size
+        without.
+    Under torch.autocast the products are taken in its type, and x and what is returned keep theirs.
     Raises ValueError for other shapes, types or devices.
     Source: the official AELayer.
     """
@@ -30,8 +39,28 @@ def gated_mlp(
     for name, tensor in dict(x=x, norm_weight=norm_weight, gate=gate, up=up, down=down).items():
         check_float(name, tensor)
     check_device(x.device, norm_weight=norm_weight, gate=gate, up=up, down=down)
-    _native.reference_only("gated_mlp")
-    return reference.gated_mlp(x, norm_weight, gate, up, down, eps)
+    device, dtype = x.device.type, x.dtype
+    autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
+    for name, matrix in dict(gate=gate, up=up, down=down).items():
+        check(autocast or matrix.dtype == dtype, name, f"x's dtype {dtype}", matrix.dtype)
+    if autocast:
+        dtype = torch.get_autocast_dtype(device)
+    if not _native.use_native("gated_mlp", x, dtype, DTYPES):
+        return reference.gated_mlp(x, norm_weight, gate, up, down, eps)
+
+    wide = x if x.dtype == dtype else x.float()
+    leaves = (x, norm_weight, gate, up, down)
+    keep_products = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    out, _, _ = torch.ops.calm_rt.gated_mlp(
+        wide.reshape(-1, hidden_size),
+        norm_weight.to(torch.promote_types(wide.dtype, torch.float32)),
+        gate.to(dtype),
+        up.to(dtype),
+        down.to(dtype),
+        eps,
+        keep_products,
+    )
+    return out.view(x.shape)
 
 
 def flat_layers(layers: list[MlpWeights]) -> list[Tensor]:
@@ -40,3 +69,60 @@ def flat_layers(layers: list[MlpWeights]) -> list[Tensor]:
     for norm, *matrices in layers:
         flat += [norm.to(torch.promote_types(norm.dtype, torch.float32)), *matrices]
     return flat
+
+
+def _fake(x, norm_weight, gate, up, down, eps, keep_products):
+    products = (x.shape[0], gate.shape[0]) if keep_products else (0,)
+    return x.new_empty(x.shape), gate.new_empty(products), gate.new_empty(products)
+
+
+def _fake_backward(
+    grad_out,
+    grad_product,
+    x,
+    norm_weight,
+    gate,
+    up,
+    down,
+    gate_product,
+    up_product,
+    eps,
+    need_grad_matrices,
+):
+    matrices = [
+        matrix.new_empty(matrix.shape if need_grad_matrices else (0,))
+        for matrix in (gate, up, down)
+    ]
+    return x.new_empty(x.shape), norm_weight.new_empty(norm_weight.shape), *matrices
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps, _ = inputs
+    _, *products = output
+    ctx.mark_non_differentiable(*products)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *products)
+
+
+def _backward(ctx, grad_out, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "gated_mlp: the kernel's gradient cannot be differentiated again; "
+            'use calm_rt.backend("reference")'
+        )
+    if grad_out is None:
+        return (None,) * 7
+    gate = ctx.saved_tensors[2]
+    gradients = torch.ops.calm_rt.gated_mlp_backward(
+        grad_out,
+        grad_out.to(gate.dtype),
+        *ctx.saved_tensors,
+        ctx.eps,
+        any(ctx.needs_input_grad[2:5]),
+    )
+    needed = zip(gradients, ctx.needs_input_grad, strict=False)
+    return *[gradient if need else None for gradient, need in needed], None, None
+
+
+_native.register("gated_mlp", _fake, _backward, _setup_context)
+_native.register("gated_mlp_backward", _fake_backward)

@@ -73,23 +73,27 @@ void dispatch_mixed(ScalarType x_type, ScalarType type, const char* op, const Bo
   });
 }
 
-// x [R, H], float or of the weights' dtype; norm_weight [H] of the accumulation type; gate, up [I, H] and down [H, I]
-// of one dtype -> out [R, H] of x's dtype, and the products of gate and up, [R, I] if `keep_products`, otherwise [0]
+// What both directions take: x [R, H], float or of the weights' dtype; norm_weight [H] of the accumulation type; gate,
+// up [I, H] and down [H, I] of one dtype.
+inline void check_gated_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& gate, const Tensor& up,
+                            const Tensor& down) {
+  STD_TORCH_CHECK(x.dim() == 2 && gate.dim() == 2, "gated_mlp: x must be [R, H] and gate [I, H]");
+  const int64_t hidden_size = x.size(1), intermediate_size = gate.size(0);
+  const ScalarType type = gate.scalar_type();
+  STD_TORCH_CHECK(has_shape(gate, type, {intermediate_size, hidden_size}) &&
+                      has_shape(up, type, {intermediate_size, hidden_size}) &&
+                      has_shape(down, type, {hidden_size, intermediate_size}),
+                  "gated_mlp: gate and up must be [I, H] and down [H, I], all of one dtype");
+  STD_TORCH_CHECK(has_shape(norm_weight, accumulate_type(x.scalar_type()), {hidden_size}),
+                  "gated_mlp: norm_weight must be [H] in the accumulation type of x");
+}
+
+// -> out [R, H] of x's dtype, and the products of gate and up, [R, I] if `keep_products`, otherwise [0]
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> gated_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& gate,
                                              const Tensor& up, const Tensor& down, double eps, bool keep_products) {
-  STD_TORCH_CHECK(x.dim() == 2 && gate.dim() == 2, "gated_mlp: x must be [R, H] and gate [I, H]");
+  check_gated_mlp(x, norm_weight, gate, up, down);
   const int64_t num_rows = x.size(0), hidden_size = x.size(1), intermediate_size = gate.size(0);
-  auto is_matrix = [&](const Tensor& matrix, int64_t rows, int64_t columns) {
-    return matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns &&
-           matrix.scalar_type() == gate.scalar_type();
-  };
-  STD_TORCH_CHECK(is_matrix(gate, intermediate_size, hidden_size) && is_matrix(up, intermediate_size, hidden_size) &&
-                      is_matrix(down, hidden_size, intermediate_size),
-                  "gated_mlp: gate and up must be [I, H] and down [H, I], all of one dtype");
-  STD_TORCH_CHECK(norm_weight.dim() == 1 && norm_weight.size(0) == hidden_size &&
-                      norm_weight.scalar_type() == accumulate_type(x.scalar_type()),
-                  "gated_mlp: norm_weight must be [H] in the accumulation type of x");
 
   Guard<Device> guard(x);
   using torch::stable::contiguous, torch::stable::new_empty;
@@ -122,6 +126,111 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp(const Tensor& x, const Tensor& norm
     });
   });
   return {out, gate_product, up_product};
+}
+
+// grad_out [R, H] of x's dtype, grad_product the same in the weights' dtype, gate_product and up_product from the
+// forward
+// -> grad_x [R, H], grad_norm_weight [H]; grad_gate and grad_up [I, H], grad_down [H, I], or [0] each
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_mlp_backward(
+    const Tensor& grad_out, const Tensor& grad_product, const Tensor& x, const Tensor& norm_weight, const Tensor& gate,
+    const Tensor& up, const Tensor& down, const Tensor& gate_product, const Tensor& up_product, double eps,
+    bool need_grad_matrices) {
+  check_gated_mlp(x, norm_weight, gate, up, down);
+  const int64_t num_rows = x.size(0), hidden_size = x.size(1), intermediate_size = gate.size(0);
+  const ScalarType type = gate.scalar_type();
+  STD_TORCH_CHECK(has_shape(grad_out, x.scalar_type(), {num_rows, hidden_size}) &&
+                      has_shape(grad_product, type, {num_rows, hidden_size}) &&
+                      has_shape(gate_product, type, {num_rows, intermediate_size}) &&
+                      has_shape(up_product, type, {num_rows, intermediate_size}),
+                  "gated_mlp_backward: gradients must be [R, H] and products [R, I]");
+
+  Guard<Device> guard(x);
+  using torch::stable::contiguous, torch::stable::new_empty;
+  Tensor grad_out_ = contiguous(grad_out), grad_product_ = contiguous(grad_product);
+  Tensor x_ = contiguous(x), norm_weight_ = contiguous(norm_weight);
+  Tensor gate_ = contiguous(gate), up_ = contiguous(up), down_ = contiguous(down);
+  Tensor gate_product_ = contiguous(gate_product), up_product_ = contiguous(up_product);
+  auto matrix = [&](int64_t rows, int64_t columns) {
+    return need_grad_matrices ? new_empty(gate, {rows, columns}) : new_empty(gate, {0});
+  };
+  Tensor grad_x = new_empty(x, {num_rows, hidden_size}), grad_norm_weight = new_empty(norm_weight, {hidden_size});
+  Tensor grad_gate = matrix(intermediate_size, hidden_size), grad_up = matrix(intermediate_size, hidden_size);
+  Tensor grad_down = matrix(hidden_size, intermediate_size);
+
+  const int64_t tile = gated_mlp_tile<Device>(num_rows, intermediate_size, gate.element_size());
+  const int64_t num_tiles = tile == 0 ? 0 : (num_rows + tile - 1) / tile;
+  const int64_t partials_of_tile = (tile + kPartialRows - 1) / kPartialRows;
+  Tensor partial = new_empty(norm_weight, {num_tiles * partials_of_tile, hidden_size});
+  torch::stable::fill_(partial, 0);
+  // What the gradients of the matrices take of all rows: the normalised input, silu(gate n) * up n, and the gradients
+  // of gate n and up n.
+  Tensor normal = new_empty(gate, {num_rows, hidden_size}), gated = new_empty(gate, {num_rows, intermediate_size});
+  Tensor grad_gate_product = new_empty(gate, {num_rows, intermediate_size});
+  Tensor grad_up_product = new_empty(gate, {num_rows, intermediate_size});
+  const int64_t scratch_size = aligned(tile * hidden_size);
+  Tensor scratch = new_empty(gate, {num_workers<Device>() * 2 * scratch_size});
+
+  dispatch_mixed<Device>(x.scalar_type(), type, "gated_mlp_backward", [&](auto x_element, auto element) {
+    using X = decltype(x_element);
+    using T = decltype(element);
+    using Wide = AccumulateType<T>;
+    const Wide* norm_data = input<Wide>(norm_weight_);
+    T *normal_data = output<T>(normal), *gated_data = output<T>(gated);
+    T *grad_gate_data = output<T>(grad_gate_product), *grad_up_data = output<T>(grad_up_product);
+    each_task<Device>(num_tiles, [&](int64_t task, int64_t worker) {
+      const int64_t row = task * tile, rows = std::min(tile, num_rows - row);
+      const int64_t of_hidden = row * hidden_size, of_products = row * intermediate_size;
+      const X* x_rows = input<X>(x_) + of_hidden;
+      const auto products = [&](const T* data) { return Matrix<T>{data + of_products, rows, intermediate_size}; };
+      T* grad_normal = output<T>(scratch) + worker * 2 * scratch_size;
+      launch(guard.device(), RmsNorm<X, T>{x_rows, norm_data, normal_data + of_hidden, rows, hidden_size, eps});
+      multiply<Device>(Matrix<T>{input<T>(grad_product_) + of_hidden, rows, hidden_size},
+                       Matrix<T>{input<T>(down_), hidden_size, intermediate_size}, products(gated_data), gate_);
+      launch(guard.device(), SwiGluBackward<T>{.gate = input<T>(gate_product_) + of_products,
+                                               .up = input<T>(up_product_) + of_products,
+                                               .grad_gated = gated_data + of_products,
+                                               .grad_gate = grad_gate_data + of_products,
+                                               .grad_up = grad_up_data + of_products,
+                                               .gated = gated_data + of_products,
+                                               .count = rows * intermediate_size});
+      multiply<Device>(products(grad_gate_data), Matrix<T>{input<T>(gate_), intermediate_size, hidden_size},
+                       Matrix<T>{grad_normal, rows, hidden_size}, gate_);
+      multiply<Device>(products(grad_up_data), Matrix<T>{input<T>(up_), intermediate_size, hidden_size},
+                       Matrix<T>{grad_normal + scratch_size, rows, hidden_size}, gate_);
+      launch(guard.device(),
+             RmsNormBackward<X, T>{.x = x_rows,
+                                   .weight = norm_data,
+                                   .grad_normal = {grad_normal, grad_normal + scratch_size},
+                                   .grad_out = input<X>(grad_out_) + of_hidden,
+                                   .grad_x = output<X>(grad_x) + of_hidden,
+                                   .partial = output<Wide>(partial) + task * partials_of_tile * hidden_size,
+                                   .num_rows = rows,
+                                   .size = hidden_size,
+                                   .eps = eps});
+    });
+    launch(guard.device(), SumRows<Wide>{input<Wide>(partial), output<Wide>(grad_norm_weight),
+                                         num_tiles * partials_of_tile, hidden_size});
+    if (!need_grad_matrices) return;
+
+    // A task is a range of the rows of one gradient.
+    const Matrix<T> all_normal{normal_data, num_rows, hidden_size}, all_gated{gated_data, num_rows, intermediate_size};
+    const auto product_task = [&](const T* left, int64_t left_size, const Matrix<T>& right, const Tensor& out,
+                                  int64_t first, int64_t count) {
+      const Matrix<T> columns{left + first, num_rows, count, false, left_size};
+      multiply<Device>(~columns, right, Matrix<T>{output<T>(out) + first * right.columns, count, right.columns}, gate_);
+    };
+    const int64_t parts = std::is_same_v<Device, Cpu> ? 4 : 1;
+    each_task<Device>(3 * parts, [&](int64_t task, int64_t) {
+      const int64_t size = task / parts == 2 ? hidden_size : intermediate_size, part = task % parts;
+      const int64_t each = (size + parts - 1) / parts, first = part * each, count = std::min(each, size - first);
+      if (count <= 0) return;
+      if (task / parts == 0) product_task(grad_gate_data, size, all_normal, grad_gate, first, count);
+      if (task / parts == 1) product_task(grad_up_data, size, all_normal, grad_up, first, count);
+      if (task / parts == 2) product_task(input<T>(grad_product_), size, all_gated, grad_down, first, count);
+    });
+  });
+  return {grad_x, grad_norm_weight, grad_gate, grad_up, grad_down};
 }
 
 }  // namespace calm_rt

@@ -1,18 +1,12 @@
 // What encode and decode share: a chain of gated MLPs over one task's rows, and how many rows a task takes.
 #pragma once
 #include <algorithm>
-#include <initializer_list>
 #include <vector>
 
 #include "ops/gated_mlp.h"
 #include "ops/product.h"
 
 namespace calm_rt {
-
-inline bool has_shape(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
-  if (tensor.scalar_type() != type || tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
-  return std::equal(sizes.begin(), sizes.end(), tensor.sizes().begin());
-}
 
 // Patches in a task. On the CPU a task's intermediates stay in the second cache of its thread, and there are tasks for
 // four threads as soon as each has rows enough for a product; the number of threads itself must not matter.

@@ -7,7 +7,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <optional>
+#include <algorithm>
+#include <initializer_list>
 
 #include "common/device.h"
 #include "common/types.h"
@@ -48,6 +49,11 @@ T* output(const Tensor& tensor) {
 
 inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline bool has_shape(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
+  if (tensor.scalar_type() != type || tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
+  return std::equal(sizes.begin(), sizes.end(), tensor.sizes().begin());
 }
 
 // Calls body with a value of the kernel's element type.

@@ -68,6 +68,7 @@ int main() {
     calm_rt::check_noise();
     calm_rt::check_encode();
     calm_rt::check_energy_score();
+    calm_rt::check_gated_mlp();
     calm_rt::check_linear_argmax();
     calm_rt::check_linear_cross_entropy();
     calm_rt::check_select_patch();

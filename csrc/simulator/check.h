@@ -27,6 +27,7 @@ double reference_noise(bool normal, int64_t seed, int64_t row, int64_t draw, int
 
 void check_encode();
 void check_energy_score();
+void check_gated_mlp();
 void check_linear_argmax();
 void check_linear_cross_entropy();
 void check_noise();

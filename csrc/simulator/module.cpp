@@ -5,6 +5,7 @@
 #include "ops/decode.h"
 #include "ops/encode.h"
 #include "ops/energy_score.h"
+#include "ops/gated_mlp.h"
 #include "ops/linear_argmax.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/noise.h"
@@ -34,6 +35,13 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
       "bool need_grad_x, bool need_grad_target) -> (Tensor score, Tensor diversity, Tensor fidelity, Tensor grad_x, "
       "Tensor grad_mean, Tensor grad_log_std)");
   m.def("select_patch(Tensor tokens, Tensor seed, Tensor rows, int n) -> Tensor");
+  m.def(
+      "gated_mlp(Tensor x, Tensor norm_weight, Tensor gate, Tensor up, Tensor down, float eps, bool keep_products) -> "
+      "(Tensor out, Tensor gate_product, Tensor up_product)");
+  m.def(
+      "gated_mlp_backward(Tensor grad_out, Tensor grad_product, Tensor x, Tensor norm_weight, Tensor gate, Tensor up, "
+      "Tensor down, Tensor gate_product, Tensor up_product, float eps, bool need_grad_matrices) -> (Tensor grad_x, "
+      "Tensor grad_norm_weight, Tensor grad_gate, Tensor grad_up, Tensor grad_down)");
   m.def("linear_argmax(Tensor hidden, Tensor weight) -> Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? scale, int ignore_index, "
@@ -50,6 +58,8 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CPU, m) {
   m.impl("decode", TORCH_BOX(&calm_rt::decode<calm_rt::Cuda>));
   m.impl("encode", TORCH_BOX(&calm_rt::encode<calm_rt::Cuda>));
   m.impl("energy_score", TORCH_BOX(&calm_rt::energy_score<calm_rt::Cuda>));
+  m.impl("gated_mlp", TORCH_BOX(&calm_rt::gated_mlp<calm_rt::Cuda>));
+  m.impl("gated_mlp_backward", TORCH_BOX(&calm_rt::gated_mlp_backward<calm_rt::Cuda>));
   m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cuda>));
   m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cuda>));
   m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cuda>));

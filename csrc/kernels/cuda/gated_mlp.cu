@@ -1,7 +1,9 @@
 // The residual gated MLP on the GPU. Memory bounds all of these kernels.
 //
 // rms_norm_kernel: a warp owns a row, a lane eight consecutive elements at a time; the second read comes from L1.
-// swiglu_kernel, add_residual_kernel: a thread owns eight elements.
+// swiglu_kernel, add_residual_kernel, swiglu_backward_kernel: a thread owns eight elements.
+// rms_norm_backward_kernel: a block owns kPartialRows rows; its warps find what a row needs to know of itself, then its
+// threads take columns, so that a column's sum over the rows is one thread's.
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/gated_mlp.h"
 
@@ -70,6 +72,66 @@ __global__ void __launch_bounds__(kThreads) add_residual_kernel(AddResidual<X, T
   });
 }
 
+template <class T>
+__global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(SwiGluBackward<T> p, bool packed) {
+  each_eight(p.count, [&](int64_t i) {
+    Run<kEight> gate = load_run<kEight>(p.gate, i, p.count, packed);
+    Run<kEight> up = load_run<kEight>(p.up, i, p.count, packed);
+    Run<kEight> grad = load_run<kEight>(p.grad_gated, i, p.count, packed);
+#pragma unroll
+    for (int e = 0; e < kEight; ++e) {
+      const float share = 1 / (1 + expf(-gate.value[e])), silu = gate.value[e] * share;
+      gate.value[e] = grad.value[e] * up.value[e] * (share + silu * (1 - share));
+      up.value[e] *= silu;
+      grad.value[e] *= silu;
+    }
+    store_run(gate, p.grad_gate, i, p.count, packed);
+    store_run(grad, p.grad_up, i, p.count, packed);
+    store_run(up, p.gated, i, p.count, packed);
+  });
+}
+
+template <class X, class T>
+__global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(RmsNormBackward<X, T> p, bool packed) {
+  CALM_SHARED(float, inverses, kPartialRows);
+  CALM_SHARED(float, means, kPartialRows);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t first = blockIdx.x * kPartialRows;
+  const int rows = static_cast<int>(p.num_rows - first < kPartialRows ? p.num_rows - first : kPartialRows);
+  for (int r = warp; r < rows; r += kWarps) {
+    const int64_t row = (first + r) * p.size;
+    const float inverse = inverse_rms(p.x + row, p.size, static_cast<float>(p.eps), packed);
+    float products = 0;
+    for (int64_t i = lane; i < p.size; i += kWarpSize) {
+      const float grad = widen(p.grad_normal[0][row + i]) + widen(p.grad_normal[1][row + i]);
+      products += p.weight[i] * grad * (widen(p.x[row + i]) * inverse);
+    }
+    products = warp_sum(products);
+    if (lane == 0) inverses[r] = inverse, means[r] = products / static_cast<float>(p.size);
+  }
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < p.size; i += kThreads) {
+    float total = 0;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t element = (first + r) * p.size + i;
+      const float grad = widen(p.grad_normal[0][element]) + widen(p.grad_normal[1][element]);
+      const float normal = widen(p.x[element]) * inverses[r];
+      total += grad * normal;
+      narrow(widen(p.grad_out[element]) + (p.weight[i] * grad - normal * means[r]) * inverses[r], p.grad_x[element]);
+    }
+    p.partial[blockIdx.x * p.size + i] = total;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) sum_rows_kernel(SumRows<float> p) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < p.size; i += stride) {
+    float total = 0;
+    for (int64_t r = 0; r < p.num_rows; ++r) total += p.in[r * p.size + i];
+    p.out[i] = total;
+  }
+}
+
 }  // namespace
 
 template <class X, class T>
@@ -99,17 +161,44 @@ void launch(Cuda device, const AddResidual<X, T>& p) {
                 kThreads, device, p, packed);
 }
 
-#define CALM_INSTANTIATE(X, T)                      \
-  template void launch(Cuda, const RmsNorm<X, T>&); \
-  template void launch(Cuda, const AddResidual<X, T>&);
+template <class T>
+void launch(Cuda device, const SwiGluBackward<T>& p) {
+  if (p.count == 0) return;
+  const auto all_packed = [&](const auto*... tensors) { return (is_packed<kEight>(tensors, p.count) && ...); };
+  const bool packed = all_packed(p.gate, p.up, p.grad_gated, p.grad_gate, p.grad_up, p.gated);
+  launch_kernel("swiglu_backward_kernel", swiglu_backward_kernel<T>, grid_size(p.count, kThreads * kEight, kMaxBlocks),
+                kThreads, device, p, packed);
+}
+
+template <class X, class T>
+void launch(Cuda device, const RmsNormBackward<X, T>& p) {
+  if (p.num_rows == 0) return;
+  launch_kernel("rms_norm_backward_kernel", rms_norm_backward_kernel<X, T>,
+                grid_size(p.num_rows, kPartialRows, INT32_MAX), kThreads, device, p, is_packed<kEight>(p.x, p.size));
+}
+
+template <>
+void launch(Cuda device, const SumRows<float>& p) {
+  if (p.size == 0) return;
+  launch_kernel("sum_rows_kernel", sum_rows_kernel, grid_size(p.size, kThreads, kMaxBlocks), kThreads, device, p);
+}
+
+#define CALM_INSTANTIATE(X, T)                          \
+  template void launch(Cuda, const RmsNorm<X, T>&);     \
+  template void launch(Cuda, const AddResidual<X, T>&); \
+  template void launch(Cuda, const RmsNormBackward<X, T>&);
 CALM_INSTANTIATE(float, float)
 CALM_INSTANTIATE(bfloat16, bfloat16)
 CALM_INSTANTIATE(half, half)
 CALM_INSTANTIATE(float, bfloat16)
 CALM_INSTANTIATE(float, half)
 #undef CALM_INSTANTIATE
-template void launch(Cuda, const SwiGlu<float>&);
-template void launch(Cuda, const SwiGlu<bfloat16>&);
-template void launch(Cuda, const SwiGlu<half>&);
+#define CALM_INSTANTIATE(T)                     \
+  template void launch(Cuda, const SwiGlu<T>&); \
+  template void launch(Cuda, const SwiGluBackward<T>&);
+CALM_INSTANTIATE(float)
+CALM_INSTANTIATE(bfloat16)
+CALM_INSTANTIATE(half)
+#undef CALM_INSTANTIATE
 
 }  // namespace calm_rt
