@@ -1,16 +1,23 @@
 // Exact argmax over a vocabulary through a low-precision screen.
 //
-//   id[r] = argmax_v <hidden[r], weight[v]>, ties to the lowest id
+//   id[r] = argmax_v <hidden[r], weight[v]>, ties to the lowest id, NaN before all else
 //
-// The library multiplies rounded operands block by block of the vocabulary; no more than one block of scores exists. A
-// rounded score differs from the exact one by no more than
-//   relative * |score| + factor * |hidden[r]| |weight[v]|                       (Cauchy-Schwarz)
-// so only the few entries whose upper bound exceeds the best exact score so far are computed exactly, in double, where
-// products of the inputs are exact. The ids are those of exact arithmetic on every device, instruction set and thread
-// count, whatever the library does.
+// A screen gives every score approximately, with a bound of its error that holds for certain; only the few entries
+// whose upper bound exceeds what has been reached are computed exactly, in double, where products of the inputs are
+// exact. The ids are those of exact arithmetic on every device, instruction set and thread count, whatever a library
+// does.
 //
+// On the CPU (LinearArgmax) the screen multiplies rows rounded to 8 bits. With h = s (q + e), w = t q' + e',
+//   |<h, w> - s t <q, q'>| <= s (|e| |w| + |q| |e'|)                              (Cauchy-Schwarz)
+// for a few rows, which memory bounds, it multiplies the rows as they are. A panel of the vocabulary is rounded, met by
+// all rows and forgotten, so each weight is read once and no score is stored. Reads R*H + V*H values, and 2 H for each
+// entry that is computed exactly, some tens a row for a vocabulary of 128k; computes R*V*H products of 8 bits.
+//
+// On the GPU the library multiplies operands rounded to bfloat16 block by block of the vocabulary; no more than one
+// block of scores exists. A rounded score differs from the exact one by no more than
+//   relative * |score| + factor * |hidden[r]| |weight[v]|
 // RoundRows reads R*H values and writes as many of the screen's type, and R norms. ScanScores reads R*N scores, and H
-// values for each entry that it computes exactly: about ten a row for a vocabulary of 128k.
+// values for each entry that it computes exactly.
 #pragma once
 #include <cstdint>
 
@@ -27,6 +34,16 @@ constexpr double kBfloat16Rounding = 1.0 / 128;
 // an error is not in proportion to anything: up to 2^-126 for each of H products, factor times the square of this is
 // 4e-33.
 constexpr float kNormRoom = 1e-15f;
+
+template <class T>
+struct LinearArgmax {
+  const T* hidden;     // [R, H]
+  const T* weight;     // [V, H]
+  int64_t* id;         // [R]
+  int64_t num_rows;    // R
+  int64_t vocabulary;  // V > 0
+  int64_t size;        // H
+};
 
 template <class T, class S>
 struct RoundRows {
@@ -58,10 +75,8 @@ struct ScanScores {
   float factor() const { return static_cast<float>(1.01 * (kBfloat16Rounding + static_cast<double>(size) * 1.2e-7)); }
 };
 
-template <class T, class S>
-void launch(Cpu device, const RoundRows<T, S>& p);  // T float, double, bfloat16, half; S float, bfloat16
-template <class T, class S>
-void launch(Cpu device, const ScanScores<T, S>& p);
+template <class T>
+void launch(Cpu device, const LinearArgmax<T>& p);  // float, double, bfloat16, half
 template <class T, class S>
 void launch(Cuda device, const RoundRows<T, S>& p);  // T float, bfloat16, half; S bfloat16
 template <class T, class S>

@@ -15,15 +15,6 @@ namespace {
 
 constexpr double kNan = __builtin_nan(""), kInfinity = __builtin_inf();
 
-CALM_INLINE Float larger(Float a, Float b) { return a > b ? a : b; }
-CALM_INLINE double larger(double a, double b) { return a > b ? a : b; }
-CALM_INLINE float largest(Float v) {
-  float most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
-CALM_INLINE double largest(double v) { return v; }
-
 // Calls body(vector, where, count) for all of [data, data + size): the vector holds `count` elements and then -inf.
 template <class V, class T, class Body>
 CALM_INLINE void each_vector(T* data, int64_t size, const Body& body) {

@@ -147,6 +147,12 @@ CALM_INLINE void store_some(T* to, V v, int64_t count) {
   std::memcpy(to, part, static_cast<size_t>(count) * sizeof(T));
 }
 
+// Asks for the cache line `ahead` elements from here, which may lie beyond the end of what is read.
+template <class T>
+CALM_INLINE void prefetch(const T* from, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + ahead * sizeof(T)));
+}
+
 // Calls body(i, count) for elements i ... i + count - 1 of all of [begin, end), a vector of them at a time.
 template <class V, class Body>
 CALM_INLINE void each_run(int64_t begin, int64_t end, const Body& body) {
@@ -169,6 +175,28 @@ CALM_INLINE float sum(Float v) {
 #endif
 }
 CALM_INLINE double sum(double v) { return v; }
+
+// a > b ? a : b, so b where one of them is NaN.
+CALM_INLINE Float larger(Float a, Float b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Float>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Float>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+CALM_INLINE double larger(double a, double b) { return a > b ? a : b; }
+CALM_INLINE float largest(Float v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+#endif
+}
+CALM_INLINE double largest(double v) { return v; }
 
 CALM_INLINE Float square_root(Float x) {
 #if defined(__AVX512F__)
@@ -257,6 +285,54 @@ CALM_INLINE void sin_cos_turns(Float u, Float& sine, Float& cosine) {
 CALM_INLINE void sin_cos_turns(double u, double& sine, double& cosine) {
   sine = __builtin_sin(6.283185307179586477 * u);
   cosine = __builtin_cos(6.283185307179586477 * u);
+}
+
+CALM_INLINE Float absolute(Float x) { return reinterpret_cast<Float>(reinterpret_cast<Int>(x) & 0x7fffffff); }
+CALM_INLINE double absolute(double x) { return __builtin_fabs(x); }
+
+// Whether any lane of a comparison holds.
+CALM_INLINE bool any(Int mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#else
+  typedef uint64_t Half __attribute__((vector_size(4 * kLanes)));
+  const Half bits = reinterpret_cast<Half>(mask);
+  uint64_t found = 0;
+  for (int i = 0; i < kLanes / 2; ++i) found |= bits[i];
+  return found != 0;
+#endif
+}
+
+// ---- products of small whole numbers ----
+
+// A 32-bit lane holds kQuanta consecutive numbers of a row, -127 to 127 each; those of the left factor are stored with
+// kQuantumBias added.
+#if defined(__AVX512VNNI__)
+typedef int8_t Quantum;
+constexpr int kQuantumBias = 128;
+#else
+typedef int16_t Quantum;
+constexpr int kQuantumBias = 0;
+#endif
+constexpr int kQuanta = 4 / sizeof(Quantum);
+
+// total + the sum of each lane's kQuanta products
+CALM_INLINE Int multiply_add(Int left, Int right, Int total) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Int>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(total), reinterpret_cast<__m512i>(left),
+                                                   reinterpret_cast<__m512i>(right)));
+#elif defined(__AVX512F__)
+  return total +
+         reinterpret_cast<Int>(_mm512_madd_epi16(reinterpret_cast<__m512i>(left), reinterpret_cast<__m512i>(right)));
+#elif defined(__AVX2__)
+  return total +
+         reinterpret_cast<Int>(_mm256_madd_epi16(reinterpret_cast<__m256i>(left), reinterpret_cast<__m256i>(right)));
+#elif defined(__x86_64__)
+  return total +
+         reinterpret_cast<Int>(_mm_madd_epi16(reinterpret_cast<__m128i>(left), reinterpret_cast<__m128i>(right)));
+#else
+  return total + (left << 16 >> 16) * (right << 16 >> 16) + (left >> 16) * (right >> 16);
+#endif
 }
 
 // ---- random numbers: common/philox.h, one counter a lane ----

@@ -1,0 +1,103 @@
+// What a search for the largest scores has found, and how an entry that may win is computed exactly.
+#pragma once
+#include "kernels/cpu/simd.h"
+#include "kernels/linear_argmax.h"
+
+namespace calm_rt {
+
+// The rows of hidden as the screen sees them: h = unit * (q + e).
+struct ArgmaxScreen {
+  bool rounded;         // or taken as they are: unit 1, no q
+  int64_t padded_size;  // numbers of a row, a multiple of 64
+  void* rows;           // [R + 8, padded_size], q as whole numbers, or h in the accumulation type
+  float* error;         // [R], at least |e|; NaN for a row of which every score is computed exactly
+  float* norm;          // [R], at least |q|
+  double* unit;         // [R]
+};
+
+// What one thread has found for every row.
+struct ArgmaxWinners {
+  double* best;    // [R], exact scores
+  int64_t* id;     // [R], -1 for none
+  float* reached;  // [R], in the row's unit: a later entry wins only if its score is larger than this
+};
+
+// Whether exact score a of id i comes before b of id j; NaN counts as the largest, as in torch.
+CALM_INLINE bool before(double a, int64_t i, double b, int64_t j) {
+  if (j < 0) return i >= 0;
+  const bool a_nan = a != a, b_nan = b != b;
+  if (a_nan || b_nan) return a_nan && (!b_nan || i < j);
+  return a > b || (a == b && i < j);
+}
+
+namespace CALM_ISA {
+namespace {
+
+constexpr float kLargest = 1e30f;  // up to which nothing that the screen computes overflows
+constexpr int kSums = 16;          // independent partial sums, the same on every instruction set
+
+// <a, b> in double, where products of float inputs are exact: one order of additions everywhere.
+template <class T>
+double exact_product(const T* a, const T* b, int64_t size) {
+  double sums[kSums] = {};
+  int64_t k = 0;
+  for (; k + kSums <= size; k += kSums) {
+    for (int i = 0; i < kSums; ++i) {
+      sums[i] += static_cast<double>(widen(a[k + i])) * static_cast<double>(widen(b[k + i]));
+    }
+  }
+  double total = 0;
+  for (; k < size; ++k) total += static_cast<double>(widen(a[k])) * static_cast<double>(widen(b[k]));
+  for (int i = 0; i < kSums; ++i) total += sums[i];
+  return total;
+}
+
+// The largest float below x, -inf and NaN for themselves.
+CALM_INLINE float next_below(float x) {
+  if (!(x > -__builtin_inff())) return x;
+  const int32_t bits = __builtin_bit_cast(int32_t, x);
+  if ((bits & 0x7fffffff) == 0) return -1e-45f;
+  return __builtin_bit_cast(float, bits < 0 ? bits + 1 : bits - 1);
+}
+
+CALM_INLINE float round_down(double x) {
+  const float nearest = static_cast<float>(x);
+  return static_cast<double>(nearest) > x ? next_below(nearest) : nearest;
+}
+
+template <class T>
+struct Search {
+  const LinearArgmax<T>& p;
+  const ArgmaxScreen& screen;
+  const ArgmaxWinners& winners;
+
+  const T* hidden(int64_t r) const { return p.hidden + r * p.size; }
+  const T* weight(int64_t id) const { return p.weight + id * p.size; }
+
+  // Computes an entry's exact score.
+  void take(int64_t r, int64_t id) const {
+    const double exact = exact_product(hidden(r), weight(id), p.size);
+    if (!before(exact, id, winners.best[r], winners.id[r])) return;
+    winners.best[r] = exact;
+    winners.id[r] = id;
+    raise(r, exact != exact ? __builtin_inff() : round_down(exact / screen.unit[r]));
+  }
+
+  void raise(int64_t r, float score) const {
+    if (score > winners.reached[r]) winners.reached[r] = score;
+  }
+
+  // Consecutive entries of which one may win; their bounds are NaN for those that are none.
+  void consider(int64_t r, int64_t first, const float* upper, const float* lower, int count) const {
+    for (int i = 0; i < count; ++i) {
+      if (lower[i] <= kLargest) raise(r, next_below(lower[i]));  // so that itself will be taken, or a better one
+    }
+    for (int i = 0; i < count; ++i) {
+      if (upper[i] > winners.reached[r]) take(r, first + i);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace CALM_ISA
+}  // namespace calm_rt
