@@ -28,10 +28,10 @@ def check_shape(name: str, tensor: Tensor, **sizes: int | None) -> None:
 
     check_shape("mean", mean, R=4, L=None) accepts [4, anything].
     """
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(sizes) and all(
-        want is None or have == want for have, want in zip(shape, sizes.values(), strict=True)
-    )
+    shape = tensor.shape
+    fits = len(shape) == len(sizes)
+    for have, want in zip(shape, sizes.values(), strict=False):
+        fits = fits and (want is None or have == want)
     if not fits:
         expected = ", ".join(
             letter if size is None else f"{letter}={size}" for letter, size in sizes.items()
@@ -53,7 +53,8 @@ def check_int64(name: str, tensor: Tensor) -> None:
 def check_device(device: torch.device, **tensors: Tensor) -> None:
     """Raises ValueError unless every named tensor is on the device."""
     for name, tensor in tensors.items():
-        check(tensor.device == device, name, f"a tensor on {device}", f"one on {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
 
 
 def check_patches(name: str, ids: Tensor, patch_size: int) -> None:
@@ -148,7 +149,8 @@ def seed_and_rows(
         check_int64("seed", seed)
         check_device(device, seed=seed)
     else:
-        check(isinstance(seed, int), "seed", "an int or a [] int64 tensor", repr(seed))
+        if not isinstance(seed, int):
+            raise ValueError(f"seed: expected an int or a [] int64 tensor, got {seed!r}")
         if not torch.compiler.is_compiling():
             check(-(2**63) <= seed < 2**63, "seed", "an int of 64 bits, -2^63 to 2^63 - 1", seed)
         seed = torch.full((), seed, dtype=torch.int64, device=device)

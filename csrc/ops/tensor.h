@@ -46,6 +46,24 @@ T* output(const Tensor& tensor) {
   return reinterpret_cast<T*>(tensor.mutable_data_ptr<typename TorchType<T>::type>());
 }
 
+// The stable ABI reaches contiguous and new_empty by their names, at a microsecond or two a call; these two ask
+// directly, for ops that take little longer themselves.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// An uninitialised vector on the device of `like`.
+inline Tensor allocate(const Tensor& like, int64_t size, ScalarType type) {
+  const int64_t stride = 1;
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride,
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
