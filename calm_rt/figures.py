@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 COLOURS = {"official": "tab:gray", "compiled": "tab:blue", "library": "tab:green"}
 COLOURS |= {"native": "tab:orange"}
@@ -77,7 +78,11 @@ def draw_scaling(results: dict[str, Any]) -> Figure:
             axis.plot([point["value"] for point in points], ratios, marker=".", label=label)
             _mark(axis, (point for point in points if point["slower"]))
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel=letter, ylabel="official / native")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set(yscale="log", xlabel=letter, ylabel="official / native")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_title(f"{op}, {fixed}", fontsize=8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

@@ -134,33 +134,40 @@ def check_head(weights: HeadWeights, hidden_size: int) -> None:
     check_linear("weights.final_second", weights.final_second, None, hidden_size)
 
 
-def seed_and_rows(
-    seed: int | Tensor, rows: Tensor | None, num_rows: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The two arguments of randomness as tensors.
+def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed as a [] int64 tensor.
 
     seed: a Python int of 64 bits, or a [] int64 tensor on the device. Under `torch.compile` and in
         CUDA graphs pass a tensor: an int would be compiled in.
-    rows: [R] int64, logical row ids, on the device; None for 0 .. R-1.
-    returns: [] int64, [R] int64.
     """
     if isinstance(seed, Tensor):
         check_shape("seed", seed)
         check_int64("seed", seed)
         check_device(device, seed=seed)
-    else:
-        if not isinstance(seed, int):
-            raise ValueError(f"seed: expected an int or a [] int64 tensor, got {seed!r}")
-        if not torch.compiler.is_compiling():
-            check(-(2**63) <= seed < 2**63, "seed", "an int of 64 bits, -2^63 to 2^63 - 1", seed)
-        seed = torch.full((), seed, dtype=torch.int64, device=device)
+        return seed
+    if not isinstance(seed, int):
+        raise ValueError(f"seed: expected an int or a [] int64 tensor, got {seed!r}")
+    if not torch.compiler.is_compiling():
+        check(-(2**63) <= seed < 2**63, "seed", "an int of 64 bits, -2^63 to 2^63 - 1", seed)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def seed_and_rows(
+    seed: int | Tensor, rows: Tensor | None, num_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The two arguments of randomness as tensors.
+
+    seed: see as_seed.
+    rows: [R] int64, logical row ids, on the device; None for 0 .. R-1.
+    returns: [] int64, [R] int64.
+    """
     if rows is None:
         rows = torch.arange(num_rows, device=device)
     else:
         check_shape("rows", rows, R=num_rows)
         check_int64("rows", rows)
         check_device(device, rows=rows)
-    return seed, rows
+    return as_seed(seed, device), rows
 
 
 def may_look(tensor: Tensor) -> bool:

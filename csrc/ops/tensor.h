@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 
 #include "common/device.h"
@@ -52,15 +54,18 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// An uninitialised vector on the device of `like`.
-inline Tensor allocate(const Tensor& like, int64_t size, ScalarType type) {
-  const int64_t stride = 1;
+// An uninitialised contiguous tensor on the device of `like`.
+template <size_t N>
+Tensor allocate(const Tensor& like, const std::array<int64_t, N>& sizes, ScalarType type) {
+  std::array<int64_t, N> strides;
+  int64_t stride = 1;
+  for (size_t i = N; i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride,
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                  device_type, like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
