@@ -196,10 +196,10 @@ def bench(options: Namespace) -> None:
     if options.json:
         _print_json(results)
         return
-    print("\n".join([report.times_table(results["rows"]), *report.unsteady_text(results["rows"])]))
+    print(report.times_table(results["rows"]))
     if options.sweep:
         print(f"\n{report.scaling_text(results['sweep'])}")
-    print(f"\n{folder / report.REPORT}")
+    print("\n".join(["", *report.warnings_of(results), str(folder / report.REPORT)]))
 
 
 def _run(

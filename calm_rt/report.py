@@ -20,6 +20,7 @@ Median of the rounds; the rivals of a row ran in one process and took turns roun
 `library` torch's own function, `native` the kernel. `x` says how many times faster native is.
 Memory is what one call takes beyond its arguments."""
 UNSTEADY = 1.5  # median over fastest round: more says that something else used the machine
+BUSY = 0.5  # load average, processes that run or wait: more is not an idle machine
 
 Row = dict[str, Any]
 
@@ -79,11 +80,11 @@ def report_text(results: dict[str, Any]) -> str:
         "load at the start": f"{machine['load'][0]:.2f}",
     }
     parts = ["# Benchmark of calm_rt", *(f"* {name}: {value}" for name, value in about.items())]
+    parts += [f"\n**{line}**" for line in warnings_of(results)]
     if not results["finished"]:
         parts.append("\n**Interrupted: these are the rows that were finished.**")
     if rows:
-        parts += ["", METHOD, "", times_table(rows), *unsteady_text(rows)]
-        parts += ["", f"![times]({BARS})"]
+        parts += ["", METHOD, "", times_table(rows), "", f"![times]({BARS})"]
         parts += ["", "## Limits", "", _limits_table(results), "", f"![roofline]({ROOFLINE})"]
     if any(row["peak_extra_bytes"] is not None for row in rows):
         parts += ["", "## Memory", "", _memory_table(rows)]
@@ -106,11 +107,17 @@ def times_table(rows: list[Row]) -> str:
     )
 
 
-def unsteady_text(rows: list[Row]) -> list[str]:
-    """A warning in two lines where rounds differ so much that the ratios mean little."""
-    unsteady = [row for row in rows if row["median_ms"] > UNSTEADY * row["min_ms"]]
+def warnings_of(results: dict[str, Any]) -> list[str]:
+    """Why the ratios may mean little, a line each."""
+    load = results["machine"]["load"][0]
+    lines = []
+    if load > BUSY:
+        lines.append(f"Other processes used this machine when the run began (load {load:.1f}).")
+    unsteady = [row for row in results["rows"] if row["median_ms"] > UNSTEADY * row["min_ms"]]
     names = dict.fromkeys(f"{row['case']} {row['passes']} {row['rival']}" for row in unsteady)
-    return ["", f"The machine was busy during: {', '.join(names)}."] if names else []
+    if names:
+        lines.append(f"Unsteady, so something else used the machine: {', '.join(names)}.")
+    return lines
 
 
 def _memory_table(rows: list[Row]) -> str:

@@ -224,6 +224,16 @@ def test_compare(tiny, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == {"slower": []}
 
 
+def test_a_busy_machine_is_named():
+    row = {"case": "a", "passes": "forward", "rival": "native", "median_ms": 1.4, "min_ms": 1.0}
+    results = {"machine": {"load": [0.4, 9, 9]}, "rows": [row]}
+    assert not report.warnings_of(results)
+    results["machine"]["load"][0] = 0.6
+    row["median_ms"] = 1.6
+    load, unsteady = report.warnings_of(results)
+    assert "load 0.6" in load and "a forward native" in unsteady
+
+
 def test_ctrl_c_leaves_the_finished_rows(tiny, tmp_path, capsys, monkeypatch):
     measure = benchmark.measure
 

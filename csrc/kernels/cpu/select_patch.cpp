@@ -84,8 +84,8 @@ void launch(Cpu device, const SelectPatch& p) {
   while (table_size < 2 * p.pool) table_size *= 2;             // at most half full
   const int64_t grain = 1 + 16384 / (p.pool * (p.patch + 4));  // about 20 us of work
   parallel_rows(device, p.num_rows, grain, [&](int64_t begin, int64_t end) {
-    auto table = std::make_unique<int64_t[]>(static_cast<size_t>(table_size));
-    auto groups = std::make_unique<PatchGroup[]>(static_cast<size_t>(p.pool));
+    auto table = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(table_size));
+    auto groups = std::make_unique_for_overwrite<PatchGroup[]>(static_cast<size_t>(p.pool));
     CALM_SELECT(select_patch_kernel)(p, table.get(), table_size, groups.get(), begin, end);
   });
 }
