@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from calm_rt.atomic import scratch_folder
+from calm_rt.benchmark import RIVALS
 from calm_rt.figures import draw_bars, draw_roofline, draw_scaling
 from calm_rt.ops.check import check
 
 RESULTS, REPORT = "results.json", "report.md"
 BARS, ROOFLINE, SCALING = "rivals.png", "roofline.png", "scaling.png"
-RIVALS = ("official", "compiled", "library", "native")
 SLOWER = 1.05  # of the time before: what counts as slower in a comparison
 METHOD = """\
 Median of the rounds; the rivals of a row ran in one process and took turns round by round.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from calm_rt import benchmark, cli, costs, official, ops, report, scaling
+from calm_rt import benchmark, cli, costs, official, reference, report, scaling
 from calm_rt.testing import CASES
 
 TINY = [case for case in CASES if str(case) in ("noise-normal", "energy_score-S2-R3-L5-M1")]
@@ -98,12 +98,13 @@ def test_costs_count_the_products(case):
 
 
 def test_costs_of_the_head_leave_out_the_repeated_context():
-    [case] = [case for case in CASES if case.op == "sample_latents"]
+    case = next(case for case in CASES if case.op == "sample_latents")
     arguments = case.make()
     rows, size = arguments["hidden"].shape
     samples, blocks = arguments["num_samples"], len(arguments["weights"].blocks)
     with FlopCounterMode(display=False) as counter:
-        ops.sample_latents(**{**arguments, "num_samples": 1, "seed": torch.tensor(1)})
+        hidden, weights = arguments["hidden"], arguments["weights"]
+        reference.sample_latents(hidden, weights, 1, torch.tensor(1), torch.arange(rows))
     once = costs.sample_latents(False, **{**arguments, "num_samples": 1}).flop
     assert once == counter.get_total_flops()
     context = 2 * rows * size * size * (1 + blocks)
