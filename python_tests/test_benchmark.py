@@ -112,6 +112,17 @@ def test_costs_of_the_head_leave_out_the_repeated_context():
     assert several - context == samples * (once - context)
 
 
+def test_limits_are_those_of_the_fastest_round(monkeypatch):
+    monkeypatch.setattr(benchmark, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(benchmark, "PRODUCT_SIZE", 64)
+    monkeypatch.setattr(
+        benchmark, "compete", lambda calls, *_: {name: [4.0, 2.0] for name in calls}
+    )
+    limits = benchmark.limits("cpu")
+    assert limits["copy"] == 2 * (1 << 20) / 2.0
+    assert limits["product"] == dict.fromkeys(("float32", "bfloat16"), 2 * 64**3 / 2.0)
+
+
 def test_memory_is_that_of_a_call():
     """Within what Linux counts late, 64 pages a thread."""
     [case] = [case for case in CASES if str(case) == "noise-D8-R2048-L64"]
