@@ -104,6 +104,7 @@ def build_parser() -> Parser:
     _add_generate(commands)
     _add_evaluate(commands)
     _add_convert(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -241,6 +242,37 @@ def _add_convert(commands) -> None:
     command.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored"
     )
+    _add_json(command)
+
+
+def _add_bench(commands) -> None:
+    command = _command(
+        commands,
+        "bench",
+        "time every op against the official formula, torch.compile and torch's own functions",
+        "calm-rt bench --ops energy_score noise --output runs/bench",
+    )
+    command.add_argument("--ops", nargs="+", metavar="OP", help="default: all that have a kernel")
+    command.add_argument(
+        "--output",
+        default="runs/bench",
+        help="gets report.md, results.json and pictures (default: runs/bench)",
+    )
+    command.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer rounds, without torch.compile, memory and the longest cases",
+    )
+    command.add_argument(
+        "--sweep", action="store_true", help="also time each op from one row to many"
+    )
+    command.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="measure nothing: compare two folders that this command wrote",
+    )
+    _add_device(command)
     _add_json(command)
 
 

@@ -166,6 +166,42 @@ def convert(options: Namespace) -> None:
         print(f"{options.output}: {type(model).__name__} with {count:,} parameters")
 
 
+def bench(options: Namespace) -> None:
+    from calm_rt import benchmark, report, scaling
+
+    if options.compare:
+        text, slower = report.compare(*map(report.read_results, options.compare))
+        if options.json:
+            _print_json({"slower": slower})
+        else:
+            print(text)
+        return
+    device, folder = _device(options), Path(options.output)
+    cases = benchmark.benchmark_cases(options.ops)
+    results: dict[str, Any] = {"machine": benchmark.machine(device), "rows": [], "sweep": []}
+    results |= {"finished": False, "limits": benchmark.limits(device)}
+    report.write_results(results, folder)  # an --output that cannot be written fails here
+    try:
+        for rows in benchmark.measure_all(cases, device, options.quick):
+            results["rows"] += rows
+            report.write_results(results, folder)
+        for points in scaling.measure_sweeps(options.ops, device) if options.sweep else ():
+            results["sweep"] += points
+            report.write_results(results, folder)
+        results["finished"] = True
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the finished rows are in {folder}") from None
+    finally:
+        report.write_report(results, folder)
+    if options.json:
+        _print_json(results)
+        return
+    print(report.times_table(results["rows"]))
+    if options.sweep:
+        print(f"\n{report.scaling_text(results['sweep'])}")
+    print("\n".join(["", *report.warnings_of(results), str(folder / report.REPORT)]))
+
+
 def _run(
     options: Namespace, kind: type, names: list[tuple[str, type, str]], **sizes: Any
 ) -> tuple[TokenShards, AutoencoderConfig | CalmConfig | None, TrainingConfig]:

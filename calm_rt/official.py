@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calm_rt import reference
-from calm_rt.reference import DecoderWeights, EncoderWeights
+from calm_rt.reference import DecoderWeights, EncoderWeights, HeadWeights
 
 
 def noise(
@@ -24,10 +24,21 @@ def noise(
 
 
 def energy_score(
-    x: Tensor, mean: Tensor, log_std: Tensor, *, num_targets: int, beta: float = 1.0, **_
+    x: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    *,
+    num_targets: int,
+    beta: float = 1.0,
+    eps: Tensor | None = None,
+    **_,
 ) -> Tensor:
-    """`EnergyTransformer.energy_score`: all draws against all targets at once."""
-    eps = torch.randn(num_targets, *mean.shape, device=mean.device, dtype=mean.dtype)
+    """`EnergyTransformer.energy_score`: all draws against all targets at once.
+
+    eps: [M, R, L] normals, to repeat a result; None draws them.
+    """
+    if eps is None:
+        eps = torch.randn(num_targets, *mean.shape, device=mean.device, dtype=mean.dtype)
     targets = mean + log_std.exp() * eps  # [M, R, L]
     draws = x.shape[0]
     among = torch.norm(x[:, None] - x[None], p=2, dim=-1).pow(beta).sum((0, 1)) / (
@@ -65,6 +76,21 @@ def encode(ids: Tensor, weights: EncoderWeights, *, eps: float = 1e-6) -> tuple[
 def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Tensor:
     """`Decoder.forward` and the argmax of `temperature_sampling`, with all logits."""
     return reference.decode(latents, weights, eps)
+
+
+def sample_latents(
+    hidden: Tensor, weights: HeadWeights, *, num_samples: int, noise: Tensor | None = None, **_
+) -> Tensor:
+    """`MLPGenerator.sample` on every context num_samples times over, as its callers repeat them.
+
+    noise: [S, R, N], uniform in [-0.5, 0.5), to repeat a result; None draws it.
+    """
+    repeated = hidden.repeat(num_samples, 1)  # [S R, H]
+    shape = 1, repeated.shape[0], weights.noise.weight.shape[1]
+    if noise is None:
+        noise = torch.rand(shape, dtype=hidden.dtype, device=hidden.device) - 0.5
+    draws = reference.head_latents(repeated, noise.reshape(shape), weights)
+    return draws.view(num_samples, hidden.shape[0], -1)
 
 
 def select_patch(tokens: Tensor, *, n: int, **_) -> Tensor:

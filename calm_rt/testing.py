@@ -168,6 +168,7 @@ DECODER_SIZES = (200, 128257, 512, 1280, 128, 4)  # the official decoder
 CASES = (
     Case("noise", "normal", lambda: inputs.noise(3, 5, 70, "normal"), row_dims={"rows": 0}),
     Case("noise", "uniform", lambda: inputs.noise(2, 4, 13, "uniform"), row_dims={"rows": 0}),
+    Case("noise", "short", lambda: inputs.noise(3, 11, 6, "normal"), row_dims={"rows": 0}),
     Case(
         "noise",
         "D8-R2048-L64",

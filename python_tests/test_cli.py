@@ -24,6 +24,7 @@ COMMANDS = [
     "generate",
     "evaluate",
     "convert",
+    "bench",
 ]
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "official_k4"
 SHORT = [

@@ -28,10 +28,10 @@ def check_shape(name: str, tensor: Tensor, **sizes: int | None) -> None:
 
     check_shape("mean", mean, R=4, L=None) accepts [4, anything].
     """
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(sizes) and all(
-        want is None or have == want for have, want in zip(shape, sizes.values(), strict=True)
-    )
+    shape = tensor.shape
+    fits = len(shape) == len(sizes)
+    for have, want in zip(shape, sizes.values(), strict=False):
+        fits = fits and (want is None or have == want)
     if not fits:
         expected = ", ".join(
             letter if size is None else f"{letter}={size}" for letter, size in sizes.items()
@@ -53,7 +53,8 @@ def check_int64(name: str, tensor: Tensor) -> None:
 def check_device(device: torch.device, **tensors: Tensor) -> None:
     """Raises ValueError unless every named tensor is on the device."""
     for name, tensor in tensors.items():
-        check(tensor.device == device, name, f"a tensor on {device}", f"one on {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
 
 
 def check_patches(name: str, ids: Tensor, patch_size: int) -> None:
@@ -133,32 +134,40 @@ def check_head(weights: HeadWeights, hidden_size: int) -> None:
     check_linear("weights.final_second", weights.final_second, None, hidden_size)
 
 
-def seed_and_rows(
-    seed: int | Tensor, rows: Tensor | None, num_rows: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The two arguments of randomness as tensors.
+def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed as a [] int64 tensor.
 
     seed: a Python int of 64 bits, or a [] int64 tensor on the device. Under `torch.compile` and in
         CUDA graphs pass a tensor: an int would be compiled in.
-    rows: [R] int64, logical row ids, on the device; None for 0 .. R-1.
-    returns: [] int64, [R] int64.
     """
     if isinstance(seed, Tensor):
         check_shape("seed", seed)
         check_int64("seed", seed)
         check_device(device, seed=seed)
-    else:
-        check(isinstance(seed, int), "seed", "an int or a [] int64 tensor", repr(seed))
-        if not torch.compiler.is_compiling():
-            check(-(2**63) <= seed < 2**63, "seed", "an int of 64 bits, -2^63 to 2^63 - 1", seed)
-        seed = torch.full((), seed, dtype=torch.int64, device=device)
+        return seed
+    if not isinstance(seed, int):
+        raise ValueError(f"seed: expected an int or a [] int64 tensor, got {seed!r}")
+    if not torch.compiler.is_compiling():
+        check(-(2**63) <= seed < 2**63, "seed", "an int of 64 bits, -2^63 to 2^63 - 1", seed)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def seed_and_rows(
+    seed: int | Tensor, rows: Tensor | None, num_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The two arguments of randomness as tensors.
+
+    seed: see as_seed.
+    rows: [R] int64, logical row ids, on the device; None for 0 .. R-1.
+    returns: [] int64, [R] int64.
+    """
     if rows is None:
         rows = torch.arange(num_rows, device=device)
     else:
         check_shape("rows", rows, R=num_rows)
         check_int64("rows", rows)
         check_device(device, rows=rows)
-    return seed, rows
+    return as_seed(seed, device), rows
 
 
 def may_look(tensor: Tensor) -> bool:

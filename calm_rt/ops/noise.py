@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from .check import check, check_int64, check_shape, seed_and_rows
+from .check import as_seed, check, check_int64, check_shape
 
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)}
 
@@ -37,14 +37,13 @@ def noise(
         distribution in ("normal", "uniform"), "distribution", '"normal" or "uniform"', distribution
     )
     check(dtype.is_floating_point, "dtype", "a floating-point type", dtype)
-    seed, rows = seed_and_rows(seed, rows, rows.shape[0], rows.device)
+    seed = as_seed(seed, rows.device)
     wide = torch.promote_types(dtype, torch.float32)
     if not _native.use_native("noise", rows, wide, DTYPES):
         return reference.noise(seed, rows, num_draws, length, stream, distribution, dtype)
     normal = distribution == "normal"
-    return torch.ops.calm_rt.noise(seed, rows, num_draws, length, int(stream), normal, wide).to(
-        dtype
-    )
+    values = torch.ops.calm_rt.noise(seed, rows, num_draws, length, int(stream), normal, wide)
+    return values if wide == dtype else values.to(dtype)
 
 
 def _fake(seed, rows, num_draws, length, stream, normal, dtype):

@@ -28,11 +28,11 @@ def select_patch(
     """
     check_shape("tokens", tokens, B=None, S=None, K=None)
     check_int64("tokens", tokens)
-    pool = tokens.shape[1]
-    check(pool >= 1, "tokens", "at least one candidate in shape [B, S, K]", list(tokens.shape))
+    num_rows, pool, _ = tokens.shape
+    check(pool >= 1, "tokens", "at least one candidate in shape [B, S, K]", tokens.shape)
     check(isinstance(n, int) and n >= 1, "n", "an int, at least 1", n)
     n = min(n, pool)  # no patch can occur more often
-    seed, rows = seed_and_rows(seed, rows, tokens.shape[0], tokens.device)
+    seed, rows = seed_and_rows(seed, rows, num_rows, tokens.device)
     if not _native.use_native("select_patch", tokens, torch.int64, DTYPES):
         return reference.select_patch(tokens, n, seed, rows)
     return torch.ops.calm_rt.select_patch(tokens, seed, rows, n)

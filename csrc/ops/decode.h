@@ -37,21 +37,24 @@ Tensor decode(const Tensor& latents, const Tensor& latent, const Tensor& latent_
   Tensor scratch = new_empty(latents, {num_workers<Device>() * scratch_size});
   dispatch<Device>(type, "decode", [&](auto element) {
     using T = decltype(element);
-    each_task<Device>((num_rows + tile - 1) / tile, [&](int64_t task, int64_t worker) {
-      const int64_t row = task * tile, rows = std::min(tile, num_rows - row);
-      T* patch_hidden = output<T>(scratch) + worker * scratch_size;
-      T* rest = patch_hidden + hidden_size;
-      T* token_hidden = output<T>(hidden) + row * patch * size;
-      const Matrix<T> patches{patch_hidden, rows, size};
-      multiply<Device>(Matrix<T>{input<T>(latents_) + row * latent_size, rows, latent_size},
-                       ~Matrix<T>{input<T>(latent_), size, latent_size}, input<T>(latent_bias_), patches, latents_);
-      patch_mlps.run(guard.device(), patch_hidden, rows, eps, rest, latents_);
-      multiply<Device>(patches, ~Matrix<T>{input<T>(expand_), patch * size, size}, input<T>(expand_bias_),
-                       Matrix<T>{token_hidden, rows, patch * size}, latents_);
-      token_mlps.run(guard.device(), token_hidden, rows * patch, eps, rest, latents_);
-      launch(guard.device(),
-             RmsNorm<T>{token_hidden, input<AccumulateType<T>>(norm_), token_hidden, rows * patch, size, eps});
-    });
+    each_task<Device>(
+        (num_rows + tile - 1) / tile,
+        [&](int64_t task, int64_t worker) {
+          const int64_t row = task * tile, rows = std::min(tile, num_rows - row);
+          T* patch_hidden = output<T>(scratch) + worker * scratch_size;
+          T* rest = patch_hidden + hidden_size;
+          T* token_hidden = output<T>(hidden) + row * patch * size;
+          const Matrix<T> patches{patch_hidden, rows, size};
+          multiply<Device>(Matrix<T>{input<T>(latents_) + row * latent_size, rows, latent_size},
+                           ~Matrix<T>{input<T>(latent_), size, latent_size}, input<T>(latent_bias_), patches, latents_);
+          patch_mlps.run(guard.device(), patch_hidden, rows, eps, rest, latents_);
+          multiply<Device>(patches, ~Matrix<T>{input<T>(expand_), patch * size, size}, input<T>(expand_bias_),
+                           Matrix<T>{token_hidden, rows, patch * size}, latents_);
+          token_mlps.run(guard.device(), token_hidden, rows * patch, eps, rest, latents_);
+          launch(guard.device(),
+                 RmsNorm<T>{token_hidden, input<AccumulateType<T>>(norm_), token_hidden, rows * patch, size, eps});
+        },
+        size >= kSharedSize);
   });
   return torch::stable::view(linear_argmax<Device>(hidden, vocabulary), {num_rows, patch});
 }

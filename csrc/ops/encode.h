@@ -52,31 +52,35 @@ std::tuple<Tensor, Tensor> encode(const Tensor& ids, const Tensor& tables, std::
     using T = decltype(element);
     const Matrix<T> mean_weight{input<T>(latent_), latent_size, size};
     const Matrix<T> log_std_weight{mean_weight.data + latent_size * size, latent_size, size};
-    each_task<Device>((num_rows + tile - 1) / tile, [&](int64_t task, int64_t worker) {
-      const int64_t row = task * tile, rows = std::min(tile, num_rows - row);
-      T* hidden = output<T>(scratch) + worker * scratch_size;
-      T* token_hidden = hidden + hidden_size;
-      T* rest = token_hidden + token_hidden_size;
-      const Matrix<T> patches{hidden, rows, size};
-      launch(guard.device(), GatherSum<T>{.ids = input<int64_t>(ids_) + row * patch,
-                                          .tables = input<T>(tables_),
-                                          .out = folded ? hidden : token_hidden,
-                                          .num_rows = folded ? rows : rows * patch,
-                                          .num_tables = folded ? patch : 1,
-                                          .vocabulary = tables.size(-2),
-                                          .size = size});
-      if (!folded) {
-        token_mlps.run(guard.device(), token_hidden, rows * patch, eps, rest, tables_);
-        multiply<Device>(Matrix<T>{token_hidden, rows, patch * size},
-                         ~Matrix<T>{input<T>(squeeze_), size, patch * size}, input<T>(squeeze_bias_), patches, tables_);
-      }
-      patch_mlps.run(guard.device(), hidden, rows, eps, rest, tables_);
-      launch(guard.device(), RmsNorm<T>{hidden, input<AccumulateType<T>>(norm_), hidden, rows, size, eps});
-      multiply<Device>(patches, ~mean_weight, input<T>(latent_bias_),
-                       Matrix<T>{output<T>(mean) + row * latent_size, rows, latent_size}, tables_);
-      multiply<Device>(patches, ~log_std_weight, input<T>(latent_bias_) + latent_size,
-                       Matrix<T>{output<T>(log_std) + row * latent_size, rows, latent_size}, tables_);
-    });
+    each_task<Device>((num_rows + tile - 1) / tile,
+                      [&](int64_t task, int64_t worker) {
+                        const int64_t row = task * tile, rows = std::min(tile, num_rows - row);
+                        T* hidden = output<T>(scratch) + worker * scratch_size;
+                        T* token_hidden = hidden + hidden_size;
+                        T* rest = token_hidden + token_hidden_size;
+                        const Matrix<T> patches{hidden, rows, size};
+                        launch(guard.device(), GatherSum<T>{.ids = input<int64_t>(ids_) + row * patch,
+                                                            .tables = input<T>(tables_),
+                                                            .out = folded ? hidden : token_hidden,
+                                                            .num_rows = folded ? rows : rows * patch,
+                                                            .num_tables = folded ? patch : 1,
+                                                            .vocabulary = tables.size(-2),
+                                                            .size = size});
+                        if (!folded) {
+                          token_mlps.run(guard.device(), token_hidden, rows * patch, eps, rest, tables_);
+                          multiply<Device>(Matrix<T>{token_hidden, rows, patch * size},
+                                           ~Matrix<T>{input<T>(squeeze_), size, patch * size}, input<T>(squeeze_bias_),
+                                           patches, tables_);
+                        }
+                        patch_mlps.run(guard.device(), hidden, rows, eps, rest, tables_);
+                        launch(guard.device(),
+                               RmsNorm<T>{hidden, input<AccumulateType<T>>(norm_), hidden, rows, size, eps});
+                        multiply<Device>(patches, ~mean_weight, input<T>(latent_bias_),
+                                         Matrix<T>{output<T>(mean) + row * latent_size, rows, latent_size}, tables_);
+                        multiply<Device>(patches, ~log_std_weight, input<T>(latent_bias_) + latent_size,
+                                         Matrix<T>{output<T>(log_std) + row * latent_size, rows, latent_size}, tables_);
+                      },
+                      size >= kSharedSize);
   });
   return {mean, log_std};
 }

@@ -33,10 +33,13 @@ inline int64_t gated_mlp_scratch(int64_t rows, int64_t hidden_size, int64_t inte
   return aligned(rows * hidden_size) + 2 * aligned(rows * intermediate_size);
 }
 
+constexpr int64_t kFewRows = 128;     // of which no tasks are made, so that weights are packed once
+constexpr int64_t kSharedSize = 128;  // from which H on their products are worth several threads
+
 // Rows of a task: the two products stay in a core's cache, and there are several tasks for as many threads.
 template <class Device>
 int64_t gated_mlp_tile(int64_t num_rows, int64_t intermediate_size, int64_t element_size) {
-  if (!std::is_same_v<Device, Cpu>) return num_rows;
+  if (!std::is_same_v<Device, Cpu> || num_rows <= kFewRows) return num_rows;
   constexpr int64_t kTileBytes = 5 << 18;
   const int64_t most = std::clamp<int64_t>(kTileBytes / (2 * element_size * intermediate_size + 1), 32, 1024);
   const int64_t num_tiles = std::max((num_rows + most - 1) / most, std::min<int64_t>(8, (num_rows + 15) / 16));
@@ -117,13 +120,16 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp(const Tensor& x, const Tensor& norm
     const X* x_data = input<X>(x_);
     X* out_data = output<X>(out);
     T *scratch_data = output<T>(scratch), *gate_data = output<T>(gate_product), *up_data = output<T>(up_product);
-    each_task<Device>((num_rows + tile - 1) / tile, [&](int64_t task, int64_t worker) {
-      const int64_t row = task * tile, rows = std::min(tile, num_rows - row);
-      GatedMlpProducts<T> kept;
-      if (keep_products) kept = {gate_data + row * intermediate_size, up_data + row * intermediate_size};
-      gated_mlp_rows(guard.device(), x_data + row * hidden_size, rows, weights, eps,
-                     scratch_data + worker * scratch_size, out_data + row * hidden_size, gate_, kept);
-    });
+    each_task<Device>((num_rows + tile - 1) / tile,
+                      [&](int64_t task, int64_t worker) {
+                        const int64_t row = task * tile, rows = std::min(tile, num_rows - row);
+                        GatedMlpProducts<T> kept;
+                        if (keep_products)
+                          kept = {gate_data + row * intermediate_size, up_data + row * intermediate_size};
+                        gated_mlp_rows(guard.device(), x_data + row * hidden_size, rows, weights, eps,
+                                       scratch_data + worker * scratch_size, out_data + row * hidden_size, gate_, kept);
+                      },
+                      hidden_size >= kSharedSize);
   });
   return {out, gate_product, up_product};
 }
@@ -178,37 +184,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_mlp_backward(
     const Wide* norm_data = input<Wide>(norm_weight_);
     T *normal_data = output<T>(normal), *gated_data = output<T>(gated);
     T *grad_gate_data = output<T>(grad_gate_product), *grad_up_data = output<T>(grad_up_product);
-    each_task<Device>(num_tiles, [&](int64_t task, int64_t worker) {
-      const int64_t row = task * tile, rows = std::min(tile, num_rows - row);
-      const int64_t of_hidden = row * hidden_size, of_products = row * intermediate_size;
-      const X* x_rows = input<X>(x_) + of_hidden;
-      const auto products = [&](const T* data) { return Matrix<T>{data + of_products, rows, intermediate_size}; };
-      T* grad_normal = output<T>(scratch) + worker * 2 * scratch_size;
-      launch(guard.device(), RmsNorm<X, T>{x_rows, norm_data, normal_data + of_hidden, rows, hidden_size, eps});
-      multiply<Device>(Matrix<T>{input<T>(grad_product_) + of_hidden, rows, hidden_size},
-                       Matrix<T>{input<T>(down_), hidden_size, intermediate_size}, products(gated_data), gate_);
-      launch(guard.device(), SwiGluBackward<T>{.gate = input<T>(gate_product_) + of_products,
-                                               .up = input<T>(up_product_) + of_products,
-                                               .grad_gated = gated_data + of_products,
-                                               .grad_gate = grad_gate_data + of_products,
-                                               .grad_up = grad_up_data + of_products,
-                                               .gated = gated_data + of_products,
-                                               .count = rows * intermediate_size});
-      multiply<Device>(products(grad_gate_data), Matrix<T>{input<T>(gate_), intermediate_size, hidden_size},
-                       Matrix<T>{grad_normal, rows, hidden_size}, gate_);
-      multiply<Device>(products(grad_up_data), Matrix<T>{input<T>(up_), intermediate_size, hidden_size},
-                       Matrix<T>{grad_normal + scratch_size, rows, hidden_size}, gate_);
-      launch(guard.device(),
-             RmsNormBackward<X, T>{.x = x_rows,
-                                   .weight = norm_data,
-                                   .grad_normal = {grad_normal, grad_normal + scratch_size},
-                                   .grad_out = input<X>(grad_out_) + of_hidden,
-                                   .grad_x = output<X>(grad_x) + of_hidden,
-                                   .partial = output<Wide>(partial) + task * partials_of_tile * hidden_size,
-                                   .num_rows = rows,
-                                   .size = hidden_size,
-                                   .eps = eps});
-    });
+    each_task<Device>(
+        num_tiles,
+        [&](int64_t task, int64_t worker) {
+          const int64_t row = task * tile, rows = std::min(tile, num_rows - row);
+          const int64_t of_hidden = row * hidden_size, of_products = row * intermediate_size;
+          const X* x_rows = input<X>(x_) + of_hidden;
+          const auto products = [&](const T* data) { return Matrix<T>{data + of_products, rows, intermediate_size}; };
+          T* grad_normal = output<T>(scratch) + worker * 2 * scratch_size;
+          launch(guard.device(), RmsNorm<X, T>{x_rows, norm_data, normal_data + of_hidden, rows, hidden_size, eps});
+          multiply<Device>(Matrix<T>{input<T>(grad_product_) + of_hidden, rows, hidden_size},
+                           Matrix<T>{input<T>(down_), hidden_size, intermediate_size}, products(gated_data), gate_);
+          launch(guard.device(), SwiGluBackward<T>{.gate = input<T>(gate_product_) + of_products,
+                                                   .up = input<T>(up_product_) + of_products,
+                                                   .grad_gated = gated_data + of_products,
+                                                   .grad_gate = grad_gate_data + of_products,
+                                                   .grad_up = grad_up_data + of_products,
+                                                   .gated = gated_data + of_products,
+                                                   .count = rows * intermediate_size});
+          multiply<Device>(products(grad_gate_data), Matrix<T>{input<T>(gate_), intermediate_size, hidden_size},
+                           Matrix<T>{grad_normal, rows, hidden_size}, gate_);
+          multiply<Device>(products(grad_up_data), Matrix<T>{input<T>(up_), intermediate_size, hidden_size},
+                           Matrix<T>{grad_normal + scratch_size, rows, hidden_size}, gate_);
+          launch(guard.device(),
+                 RmsNormBackward<X, T>{.x = x_rows,
+                                       .weight = norm_data,
+                                       .grad_normal = {grad_normal, grad_normal + scratch_size},
+                                       .grad_out = input<X>(grad_out_) + of_hidden,
+                                       .grad_x = output<X>(grad_x) + of_hidden,
+                                       .partial = output<Wide>(partial) + task * partials_of_tile * hidden_size,
+                                       .num_rows = rows,
+                                       .size = hidden_size,
+                                       .eps = eps});
+        },
+        hidden_size >= kSharedSize);
     launch(guard.device(), SumRows<Wide>{input<Wide>(partial), output<Wide>(grad_norm_weight),
                                          num_tiles * partials_of_tile, hidden_size});
     if (!need_grad_matrices) return;

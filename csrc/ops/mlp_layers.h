@@ -8,12 +8,14 @@
 
 namespace calm_rt {
 
-// Patches in a task. On the CPU a task's intermediates stay in the second cache of its thread, and there are tasks for
-// four threads as soon as each has rows enough for a product; the number of threads itself must not matter.
+// Patches in a task; few of them are a lone task, whose products are shared out. On the CPU a task's intermediates stay
+// in the second cache of its thread, and there are tasks for four threads; the number of threads itself must not
+// matter. A product reads and packs its weights whatever its rows are: 64 patches at H 512 take 16.2 ms of one thread
+// in tasks of 16, 13.6 in tasks of 32 and 12.0 in one.
 template <class Device>
 int64_t patches_per_task(int64_t num_rows) {
-  if (!std::is_same_v<Device, Cpu>) return std::max<int64_t>(1, num_rows);
-  return std::clamp<int64_t>((num_rows + 3) / 4, 16, 128);
+  if (!std::is_same_v<Device, Cpu> || num_rows <= kFewRows) return std::max<int64_t>(1, num_rows);
+  return std::clamp<int64_t>((num_rows + 3) / 4, 32, 128);
 }
 
 // Layers of norm [H] in the accumulation type, gate [I, H], up [I, H] and down [H, I].

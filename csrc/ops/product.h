@@ -1,13 +1,16 @@
 // Products by the library that have the same bits for every number of threads.
 //
 // A product on several threads may share its inner dimension out among them. Here threads take tasks, cut by shapes
-// alone, and within a parallel region the library computes each product on one thread. torch's operators rely on
-// thread-local state that its worker threads do not have, so a task wraps its operands from pointers and calls the
-// product's CPU kernel itself. On a GPU tasks follow each other in the stream.
+// alone, and within a parallel region the library computes each product on one thread: the tasks are those of an op, or
+// ranges of the columns of a product that is called outside of tasks. torch's operators rely on thread-local state that
+// its worker threads do not have, so a task wraps its operands from pointers and calls the product's CPU kernel itself.
+// On a GPU tasks follow each other in the stream.
 #pragma once
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <optional>
+#include <utility>
 
 #include "ops/tensor.h"
 
@@ -28,65 +31,92 @@ struct Matrix {
 
   Matrix operator~() const { return {data, columns, rows, !transposed, stride}; }
 
+  int64_t step() const { return stride ? stride : transposed ? rows : columns; }
+
+  Matrix column_range(int64_t first, int64_t count) const {
+    return {data + (transposed ? first * step() : first), rows, count, transposed, step()};
+  }
+
   Tensor tensor(const Tensor& like) const {
-    const int64_t step = stride ? stride : transposed ? rows : columns;
     const std::array<int64_t, 2> sizes{rows, columns};
-    const std::array<int64_t, 2> strides{transposed ? 1 : step, transposed ? step : 1};
+    const std::array<int64_t, 2> strides{transposed ? 1 : step(), transposed ? step() : 1};
     return torch::stable::from_blob(const_cast<T*>(data), sizes, strides, like.device(), like.scalar_type());
   }
 };
 
-// Calls body(task, worker) for every task; workers that run at the same time have different numbers below num_workers.
+// Workers that run at the same time have different numbers below num_workers.
 template <class Device>
 int64_t num_workers() {
   return std::is_same_v<Device, Cpu> ? torch::stable::get_num_threads() : 1;
 }
 
+inline thread_local bool in_task = false;  // whether this thread works on a task
+
+// Calls body(task, worker) for every task. `share_products` lets a lone task leave its products to all threads.
 template <class Device, class Body>
-void each_task(int64_t count, const Body& body) {
+void each_task(int64_t count, const Body& body, bool share_products = false) {
   if constexpr (std::is_same_v<Device, Cpu>) {
+    if (count == 1 && share_products) return body(0, 0);
     std::atomic<int64_t> next_worker{0};
     // an empty second task makes a lone one run inside a parallel region too
     torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
       const int64_t worker = next_worker++;
+      const bool was_in_task = std::exchange(in_task, true);
       for (int64_t task = begin; task < std::min(end, count); ++task) body(task, worker);
+      in_task = was_in_task;
     });
   } else {
     for (int64_t task = 0; task < count; ++task) body(task, 0);
   }
 }
 
-// out = a b, in a task; `like` has their device and type.
-template <class Device, class T>
-void multiply(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out, const Tensor& like) {
-  const Tensor a_ = a.tensor(like), b_ = b.tensor(like), out_ = out.tensor(like);
-  if constexpr (std::is_same_v<Device, Cpu>) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out_.get(), a_.get(), b_.get()));
-  } else {
-    using torch::stable::detail::from;
-    std::array<StableIValue, 3> stack{from(a_), from(b_), from(out_)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // takes back what the call returns: out once more
-  }
+// Calls body(first, count) for all columns of a product a b: in a task for all of them, elsewhere in tasks of ranges.
+template <class Device, class T, class Body>
+void each_column_range(const Matrix<T>& a, const Matrix<T>& b, const Body& body) {
+  constexpr int64_t kTasks = 8, kWidth = 64, kSmallest = 1 << 20;  // multiplications, 10 us of one thread
+  if (std::is_same_v<Device, Cuda> || in_task) return body(0, b.columns);
+  const bool small = a.rows * a.columns * b.columns < kSmallest;
+  const int64_t most = small ? b.columns : (b.columns + kTasks * kWidth - 1) / (kTasks * kWidth) * kWidth;
+  each_task<Device>(most == 0 ? 0 : (b.columns + most - 1) / most,
+                    [&](int64_t task, int64_t) { body(task * most, std::min(most, b.columns - task * most)); });
 }
 
-// out = bias + a b with bias [columns], in a task; `like` has their device and type.
+// out = a b; `like` has their device and type.
+template <class Device, class T>
+void multiply(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out, const Tensor& like) {
+  each_column_range<Device>(a, b, [&](int64_t first, int64_t count) {
+    const Tensor a_ = a.tensor(like), b_ = b.column_range(first, count).tensor(like);
+    const Tensor out_ = out.column_range(first, count).tensor(like);
+    if constexpr (std::is_same_v<Device, Cpu>) {
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out_.get(), a_.get(), b_.get()));
+    } else {
+      using torch::stable::detail::from;
+      std::array<StableIValue, 3> stack{from(a_), from(b_), from(out_)};
+      TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+      torch::stable::detail::to<Tensor>(stack[0]);  // takes back what the call returns: out once more
+    }
+  });
+}
+
+// out = bias + a b with bias [columns]; `like` has their device and type.
 template <class Device, class T>
 void multiply(const Matrix<T>& a, const Matrix<T>& b, const T* bias, const Matrix<T>& out, const Tensor& like) {
-  const std::array<int64_t, 1> sizes{out.columns}, strides{1};
-  const Tensor bias_ =
-      torch::stable::from_blob(const_cast<T*>(bias), sizes, strides, like.device(), like.scalar_type());
-  const Tensor a_ = a.tensor(like), out_ = out.tensor(like);
-  if constexpr (std::is_same_v<Device, Cpu>) {
-    const Tensor b_ = b.tensor(like);
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out_.get(), bias_.get(), a_.get(), b_.get(), 1, 1));
-  } else {
-    using torch::stable::detail::from;
-    const Tensor weight = (~b).tensor(like);
-    std::array<StableIValue, 4> stack{from(a_), from(weight), from(std::optional<Tensor>(bias_)), from(out_)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-  }
+  each_column_range<Device>(a, b, [&](int64_t first, int64_t count) {
+    const std::array<int64_t, 1> sizes{count}, strides{1};
+    const Tensor bias_ =
+        torch::stable::from_blob(const_cast<T*>(bias) + first, sizes, strides, like.device(), like.scalar_type());
+    const Tensor a_ = a.tensor(like), out_ = out.column_range(first, count).tensor(like);
+    if constexpr (std::is_same_v<Device, Cpu>) {
+      const Tensor b_ = b.column_range(first, count).tensor(like);
+      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out_.get(), bias_.get(), a_.get(), b_.get(), 1, 1));
+    } else {
+      using torch::stable::detail::from;
+      const Tensor weight = (~b).tensor(like);
+      std::array<StableIValue, 4> stack{from(a_), from(weight), from(std::optional<Tensor>(bias_)), from(out_)};
+      TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+      torch::stable::detail::to<Tensor>(stack[0]);
+    }
+  });
 }
 
 }  // namespace calm_rt

@@ -16,15 +16,14 @@ Tensor select_patch(const Tensor& tokens, const Tensor& seed, const Tensor& rows
                   "select_patch: rows must be [B] int64");
   STD_TORCH_CHECK(n >= 1, "select_patch: n must be at least 1");
   Guard<Device> guard(tokens);
-  using torch::stable::contiguous, torch::stable::new_empty;
-  Tensor tokens_ = contiguous(tokens), rows_ = contiguous(rows);
-  Tensor index = new_empty(tokens, {num_rows});
-  const int64_t workspace_size = std::is_same_v<Device, Cuda> ? num_rows * pool : 0;
-  Tensor workspace = new_empty(tokens, {workspace_size}, ScalarType::Double);
+  Tensor tokens_ = as_contiguous(tokens), rows_ = as_contiguous(rows);
+  Tensor index = allocate<1>(tokens, {num_rows}, ScalarType::Long);
+  std::optional<Tensor> workspace;
+  if (std::is_same_v<Device, Cuda>) workspace = allocate<1>(tokens, {num_rows * pool}, ScalarType::Double);
   launch(guard.device(), SelectPatch{.tokens = input<int64_t>(tokens_),
                                      .seed = input<int64_t>(seed),
                                      .rows = input<int64_t>(rows_),
-                                     .workspace = output<double>(workspace),
+                                     .workspace = workspace ? output<double>(*workspace) : nullptr,
                                      .index = output<int64_t>(index),
                                      .n = n,
                                      .num_rows = num_rows,

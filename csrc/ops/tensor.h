@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 
 #include "common/device.h"
@@ -45,6 +46,27 @@ template <class T>
 T* output(const Tensor& tensor) {
   if (tensor.numel() == 0) return nullptr;
   return reinterpret_cast<T*>(tensor.mutable_data_ptr<typename TorchType<T>::type>());
+}
+
+// The stable ABI reaches contiguous and new_empty by their names, at a microsecond or two a call; these two ask
+// directly, for ops that take little longer themselves.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// An uninitialised contiguous tensor on the device of `like`.
+template <size_t N>
+Tensor allocate(const Tensor& like, const std::array<int64_t, N>& sizes, ScalarType type) {
+  std::array<int64_t, N> strides;
+  int64_t stride = 1;
+  for (size_t i = N; i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 inline ScalarType accumulate_type(ScalarType type) {

@@ -6,8 +6,8 @@
 // kDrawTile draws shares its loads.
 #include "kernels/energy_score.h"
 
+#include "kernels/cpu/random.h"
 #include "kernels/cpu/select.h"
-#include "kernels/cpu/simd.h"
 
 #ifdef CALM_ISA_PORTABLE
 #include <memory>

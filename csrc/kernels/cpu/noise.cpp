@@ -1,20 +1,63 @@
-// Noise on the CPU: one vector of counters at a time, put back into the order of positions.
+// Noise on the CPU: one vector of counters at a time, put back into the order of positions. Where a row has fewer
+// counters than a vector has lanes, several rows share it.
 #include "kernels/noise.h"
 
+#include "kernels/cpu/random.h"
 #include "kernels/cpu/select.h"
-#include "kernels/cpu/simd.h"
 
 namespace calm_rt {
 
 CALM_EACH_ISA(template <class T> void noise_kernel(const Noise<T>& p, int64_t begin, int64_t end);)
 
 namespace CALM_ISA {
+namespace {
+
+// Rows of at most kLanes counters.
+void short_rows(const Noise<float>& p, int64_t begin, int64_t end) {
+  const uint64_t seed = static_cast<uint64_t>(*p.seed);
+  int64_t i = begin, position = 0, draw = begin / p.num_rows, row = begin % p.num_rows;
+  while (i < end) {
+    uint64_t word[4][2][kLanes / 2] = {};
+    float* to[kLanes];
+    int64_t left[kLanes];  // numbers of the row from here on
+    int count = 0;
+    for (; count < kLanes && i < end; ++count) {
+      const PhiloxWords counter =
+          philox_counter(static_cast<uint32_t>(position / 4), p.stream, static_cast<uint32_t>(draw), p.rows[row]);
+      for (int j = 0; j < 4; ++j) word[j][count % 2][count / 2] = counter.word[j];
+      to[count] = p.out + i * p.length + position;
+      left[count] = p.length - position;
+      position += 4;
+      if (position < p.length) continue;
+      position = 0;
+      ++i;
+      if (++row < p.num_rows) continue;
+      row = 0;
+      ++draw;
+    }
+    Counters counters;
+    std::memcpy(&counters, word, sizeof word);
+    Float value[4];
+    uniforms(counters, seed, value);
+    if (p.normal) box_muller(value);
+    float block[4][kLanes];
+    for (int j = 0; j < 4; ++j) store(block[j], value[j]);
+    for (int n = 0; n < count; ++n) {
+      for (int j = 0; j < 4 && j < left[n]; ++j) to[n][j] = block[j][n];
+    }
+  }
+}
+
+}  // namespace
 
 // Rows of the output, one per draw and row id, from begin to end.
 template <class T>
 void noise_kernel(const Noise<T>& p, int64_t begin, int64_t end) {
   using V = Vector<T>;
   constexpr int kWidth = 4 * lanes<V>;
+  if constexpr (lanes<V> == kLanes) {
+    if (p.length < kWidth) return short_rows(p, begin, end);
+  }
   const uint64_t seed = static_cast<uint64_t>(*p.seed);
   for (int64_t i = begin; i < end; ++i) {
     T* out = p.out + i * p.length;

@@ -4,6 +4,7 @@
 // occurrence. Table and groups take less than 64 S bytes and stay in the first two caches.
 #include "kernels/select_patch.h"
 
+#include "common/philox.h"
 #include "kernels/cpu/select.h"
 #include "kernels/cpu/simd.h"
 
@@ -81,11 +82,11 @@ void select_patch_kernel(const SelectPatch& p, int64_t* table, int64_t table_siz
 void launch(Cpu device, const SelectPatch& p) {
   if (p.num_rows == 0) return;
   int64_t table_size = 2;
-  while (table_size < 2 * p.pool) table_size *= 2;            // at most half full
-  const int64_t grain = 1 + 4096 / (p.pool * (p.patch + 4));  // about 20 us of work
+  while (table_size < 2 * p.pool) table_size *= 2;             // at most half full
+  const int64_t grain = 1 + 16384 / (p.pool * (p.patch + 4));  // about 20 us of work
   parallel_rows(device, p.num_rows, grain, [&](int64_t begin, int64_t end) {
-    auto table = std::make_unique<int64_t[]>(static_cast<size_t>(table_size));
-    auto groups = std::make_unique<PatchGroup[]>(static_cast<size_t>(p.pool));
+    auto table = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(table_size));
+    auto groups = std::make_unique_for_overwrite<PatchGroup[]>(static_cast<size_t>(p.pool));
     CALM_SELECT(select_patch_kernel)(p, table.get(), table_size, groups.get(), begin, end);
   });
 }

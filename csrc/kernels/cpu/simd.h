@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/philox.h"
 #include "common/types.h"
 
 #ifdef __x86_64__
@@ -333,77 +332,6 @@ CALM_INLINE Int multiply_add(Int left, Int right, Int total) {
 #else
   return total + (left << 16 >> 16) * (right << 16 >> 16) + (left >> 16) * (right >> 16);
 #endif
-}
-
-// ---- random numbers: common/philox.h, one counter a lane ----
-
-// The 64-bit products of the low halves.
-CALM_INLINE Pair multiply_low(Pair a, Pair b) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Pair>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<Pair>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-#elif defined(__x86_64__)
-  return reinterpret_cast<Pair>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-
-CALM_INLINE Float uniform(Word word) {
-  return __builtin_convertvector(reinterpret_cast<Int>(word >> 8), Float) * kUniformStep;
-}
-
-// The uniforms of groups group ... group + lanes - 1: value[j] lane i belongs to position 4 (group + i) + j.
-// Words live in the low halves of 64-bit lanes, even and odd groups apart, and the high halves hold what they may: the
-// multiply reads low halves only, so a product needs no unpacking.
-CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed,
-                          Float (&value)[4]) {
-  PhiloxWords first = philox_counter(group, stream, draw, row);
-  Pair c0[2], c1[2], c2[2], c3[2];
-  for (int odd = 0; odd < 2; ++odd) {
-    for (int i = 0; i < kLanes / 2; ++i) c0[odd][i] = first.word[0] + static_cast<uint32_t>(2 * i + odd);
-    c1[odd] = splat<Pair>(uint64_t{first.word[1]});
-    c2[odd] = splat<Pair>(uint64_t{first.word[2]});
-    c3[odd] = splat<Pair>(uint64_t{first.word[3]});
-  }
-  const Pair multiplier0 = splat<Pair>(uint64_t{kPhiloxMultiplier0});
-  const Pair multiplier1 = splat<Pair>(uint64_t{kPhiloxMultiplier1});
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int odd = 0; odd < 2; ++odd) {
-      Pair p0 = multiply_low(c0[odd], multiplier0), p1 = multiply_low(c2[odd], multiplier1);
-      c0[odd] = (p1 >> 32) ^ c1[odd] ^ uint64_t { key0 };
-      c1[odd] = p1;
-      c2[odd] = (p0 >> 32) ^ c3[odd] ^ uint64_t { key1 };
-      c3[odd] = p0;
-    }
-    key0 += kPhiloxWeyl0;
-    key1 += kPhiloxWeyl1;
-  }
-  const auto join = [](const Pair(&c)[2]) { return reinterpret_cast<Word>((c[0] & 0xffffffffu) | (c[1] << 32)); };
-  value[0] = uniform(join(c0));
-  value[1] = uniform(join(c1));
-  value[2] = uniform(join(c2));
-  value[3] = uniform(join(c3));
-}
-CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed,
-                          double (&value)[4]) {
-  PhiloxWords words = philox(philox_counter(group, stream, draw, row), seed);
-  for (int j = 0; j < 4; ++j) value[j] = calm_rt::uniform(words.word[j]);
-}
-
-// The normals of the same positions: Box-Muller on pairs of uniforms, cosine first.
-template <class V>
-CALM_INLINE void normals(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed, V (&value)[4]) {
-  V u[4];
-  uniforms(group, stream, draw, row, seed, u);
-  for (int pair = 0; pair < 4; pair += 2) {
-    V radius = square_root(-2.f * logarithm(u[pair] + kUniformStep)), sine, cosine;
-    sin_cos_turns(u[pair + 1], sine, cosine);
-    value[pair] = radius * cosine;
-    value[pair + 1] = radius * sine;
-  }
 }
 
 }  // namespace calm_rt::CALM_ISA

@@ -1,0 +1,292 @@
+"""Every op at its large cases against its rivals, measured so that the ratios can be trusted.
+
+The rivals of a case run in one process and take turns, round by round, so that whatever slows the
+machine for a while hits all of them; the median of the rounds counts. `official` is the official
+code's formula in eager PyTorch, `compiled` torch.compile of it, `library` torch's own function,
+`native` the kernel. Official and compiled draw with torch's generator, the kernel with Philox by
+position. report.py writes what is measured here.
+"""
+
+import contextlib
+import gc
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from calm_rt import _native, costs, library, official, ops
+from calm_rt.environment import info
+from calm_rt.ops.check import check
+from calm_rt.testing import CASES, Case
+
+RIVALS = ("official", "compiled", "library", "native")
+QUICK_RIVALS = ("official", "library", "native")
+QUICK_ROUNDS = 5  # a case that gets fewer takes long: a quick run leaves it out
+SAMPLE_SECONDS = 1e-3  # one timing lasts as long at least; shorter calls are repeated
+COPY_BYTES = 1 << 28  # far beyond any cache
+PRODUCT_SIZE = 2048
+LIMIT_ROUNDS = 15  # the fastest counts: a limit is what the machine can do
+
+Call = Callable[[], object]
+
+
+def benchmark_cases(names: Sequence[str] | None = None) -> list[Case]:
+    """The benchmark cases of these ops, or of all ops that have a kernel.
+
+    raises: ValueError for an op without one.
+    """
+    cases = [case for case in CASES if case.benchmark and case.op not in _native.REFERENCE_ONLY]
+    known = list(dict.fromkeys(case.op for case in cases))
+    for name in names or ():
+        check(name in known, "ops", f"some of {', '.join(known)}", name)
+    return [case for case in cases if names is None or case.op in names]
+
+
+def rivals_of(case: Case, among: Sequence[str] = RIVALS) -> list[str]:
+    """Those of the rivals that the case has."""
+    return [rival for rival in among if rival != "library" or hasattr(library, case.op)]
+
+
+def passes_of(case: Case) -> list[str]:
+    return ["forward", *(["forward+backward"] if case.gradients else [])]
+
+
+def make_arguments(case: Case, rival: str, device: str) -> dict[str, Any]:
+    """The case's arguments as this rival takes them."""
+    return case.make(device=device, official=rival in ("official", "compiled"))
+
+
+def contender(case: Case, rival: str, arguments: dict[str, Any], backward: bool) -> Call:
+    """A call that runs the op once; the caller resets torch's compiler between cases."""
+    module = {"native": ops, "library": library}.get(rival, official)
+    function = getattr(module, case.op)
+    if rival == "compiled":
+        function = torch.compile(function)
+    leaves = case.leaves(arguments)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return function(**arguments)
+
+    def both() -> object:
+        return torch.autograd.grad(function(**arguments).sum(), leaves)
+
+    return both if backward else forward
+
+
+def route(rival: str) -> _native.backend:
+    """The native rival may not fall back."""
+    return _native.backend("native" if rival == "native" else "auto")
+
+
+def compete(
+    calls: dict[str, Call], device: str, rounds: int, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Times calls against each other; every round times each once, in an order that turns.
+
+    rounds: at most; at least 3, and no more once `seconds` are over.
+    returns: seconds of one call, for each rival a list of the rounds.
+    """
+    repeats = {}
+    for rival, call in calls.items():
+        with route(rival):
+            _timed(call, 1, device)  # compiles, and fills the allocator
+            repeats[rival] = max(1, math.ceil(SAMPLE_SECONDS / _timed(call, 1, device)))
+    times: dict[str, list[float]] = {rival: [] for rival in calls}
+    order, end = list(calls), time.perf_counter() + seconds
+    with _no_garbage_collection():
+        for count in range(rounds):
+            if count >= min(3, rounds) and time.perf_counter() > end:
+                break
+            for rival in order:
+                with route(rival):
+                    times[rival].append(_timed(calls[rival], repeats[rival], device))
+            order = order[1:] + order[:1]
+    return times
+
+
+def measure(
+    case: Case, passes: str, rivals: Sequence[str], device: str, rounds: int, memory: bool
+) -> list[dict[str, Any]]:
+    """The rows of one case and pass, one a rival."""
+    backward = "backward" in passes
+    torch.compiler.reset()
+    arguments = {rival: make_arguments(case, rival, device) for rival in rivals}
+    calls = {rival: contender(case, rival, arguments[rival], backward) for rival in arguments}
+    times = compete(calls, device, rounds)
+    cost = getattr(costs, case.op)(backward, **arguments["native"])
+    gradient = sum(leaf.nbytes for leaf in case.leaves(arguments["native"])) if backward else 0
+    rows = []
+    for rival in rivals:
+        peak = peak_memory(case, rival, backward, device) if memory else None
+        rows.append(
+            {
+                "op": case.op,
+                "case": str(case),
+                "passes": passes,
+                "device": device,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "rival": rival,
+                "median_ms": 1e3 * statistics.median(times[rival]),
+                "min_ms": 1e3 * min(times[rival]),
+                "max_ms": 1e3 * max(times[rival]),
+                "rounds": len(times[rival]),
+                "peak_extra_bytes": peak,
+                "gradient_bytes": gradient,
+                "flop": cost.flop,
+                "bytes": cost.bytes,
+            }
+        )
+    return rows
+
+
+def measure_all(
+    cases: Iterable[Case], device: str, quick: bool = False
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of every case and pass, as they are finished.
+
+    quick: fewer rounds, without torch.compile, memory and the longest cases.
+    """
+    chosen = [case for case in cases if not (quick and case.rounds < QUICK_ROUNDS)]
+    work = [(case, passes) for case in chosen for passes in passes_of(case)]
+    bar = tqdm(work, unit="row", leave=False, disable=None)
+    for case, passes in bar:
+        bar.set_postfix_str(f"{case} {passes}")
+        rivals = rivals_of(case, QUICK_RIVALS if quick else RIVALS)
+        rounds = QUICK_ROUNDS if quick else case.rounds
+        yield measure(case, passes, rivals, device, rounds, memory=not quick)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where and with what the rows are measured."""
+    report = info()
+    build = report["build"]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": build.get("isa", ""),
+        "torch": report["torch"],
+        "python": report["python"],
+        "platform": report["platform"],
+        "calm_rt": report["calm_rt"],
+        "commit": _commit() or build.get("commit", ""),
+        "built_from": build.get("commit", ""),
+        "load": list(os.getloadavg()),  # what else ran here at the start
+    }
+
+
+def limits(device: str) -> dict[str, Any]:
+    """What this machine can do now: bytes a second of a copy, FLOP a second of a library product.
+
+    returns: {"copy": bytes/s, "product": {dtype: FLOP/s}}.
+    """
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    [copies] = compete({"copy": lambda: target.copy_(source)}, device, LIMIT_ROUNDS).values()
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype, device=device)
+        out = torch.empty_like(matrix)
+        call = {"product": lambda a=matrix, b=out: torch.mm(a, a, out=b)}
+        [products] = compete(call, device, LIMIT_ROUNDS).values()
+        rates[str(dtype).removeprefix("torch.")] = 2 * PRODUCT_SIZE**3 / min(products)
+    return {"copy": 2 * COPY_BYTES / min(copies), "product": rates}
+
+
+def peak_memory(case: Case, rival: str, backward: bool, device: str) -> int:
+    """Bytes that one warm call needs beyond its arguments; on the CPU in a process of its own."""
+    if device == "cuda":
+        call = contender(case, rival, make_arguments(case, rival, device), backward)
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    command = [sys.executable, "-m", __name__, str(case), rival, str(int(backward))]
+    # memory that was freed goes back at once, or a warm heap would hide what a call takes
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{case} {rival}: the memory probe failed:\n{result.stderr}")
+    return int(result.stdout.splitlines()[-1])
+
+
+def _probe_memory(name: str, rival: str, backward: bool) -> int:
+    """Growth of this process's resident memory during a call, the library and the compiler being
+    warm."""
+    [case] = [case for case in CASES if str(case) == name]
+    call = contender(case, rival, make_arguments(case, rival, "cpu"), backward)
+    call()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """VmRSS, resident memory now, or VmHWM, its peak; in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024
+
+
+def _timed(call: Call, repeats: int, device: str) -> float:
+    """Seconds of one call, the mean of so many in a row."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection would be charged to whoever runs when it comes."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def processor_name() -> str:
+    """As Linux knows it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Of the checkout that this file is in, with -dirty after changes; empty outside of one."""
+    folder = Path(__file__).parent.parent
+    if not (folder / ".git").exists():
+        return ""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        return ""
+
+
+if __name__ == "__main__":
+    print(_probe_memory(sys.argv[1], sys.argv[2], sys.argv[3] == "1"))
