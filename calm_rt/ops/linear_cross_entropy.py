@@ -23,6 +23,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 # Bytes of logits at a time, by device. Fewer rows mean that the weight and its gradient, which are
 # much larger than a row of hidden states, travel more often.
+FEW_ROWS = 64  # up to which the gradients are computed in the backward
 WORKSPACE_BYTES = {"cpu": 192 << 20, "cuda": 1 << 30}
 
 
@@ -48,9 +49,9 @@ def linear_cross_entropy(
         on a CPU and 1 GB on a GPU. The gradients differ in rounding between budgets.
     returns: [] for "mean" and "sum", [R] for "none"; nats, float32 for 16-bit inputs; once
         differentiable in hidden and weight.
-    Memory: no [R, V] logits. For "mean" and "sum" the gradients are computed in the forward and
-        kept, [R, H] and [V, H] in float32 (float64 for float64 inputs); for "none", where they
-        depend on what comes back, in the backward.
+    Memory: no [R, V] logits. For "mean" and "sum" of more than 64 rows the gradients are computed
+        in the forward and kept, [R, H] and [V, H] in float32 (float64 for float64 inputs);
+        otherwise in the backward.
     Under torch.autocast hidden and weight are cast as F.linear casts them.
     Raises ValueError for other shapes, types or devices, or an unknown reduction; IndexError for a
     target outside the vocabulary in eager code on a CPU, elsewhere the kernel gives NaN for it.
@@ -81,8 +82,9 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(
             hidden, weight, target, ignore_index, reduction, denominator
         )
-    # Rows that all count the same have their gradient ready before anything comes back.
-    ready = torch.is_grad_enabled() and reduction != "none"
+    # Rows that all count the same have their gradient ready before anything comes back. For a few
+    # of them, it is cheaper to compute the logits twice than to scale a gradient of the weight.
+    ready = torch.is_grad_enabled() and reduction != "none" and hidden.shape[0] > FEW_ROWS
     total, loss, _, _ = torch.ops.calm_rt.linear_cross_entropy(
         hidden,
         weight,
@@ -95,6 +97,7 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         return loss
+    total = total if ready else loss.sum()
     if reduction == "sum":
         return total
     return total / ((target != ignore_index).sum() if denominator is None else denominator)

@@ -29,9 +29,17 @@ Isa isa() {
   return chosen;
 }
 
-bool has_bfloat16_products() {
+bool has_fast_bfloat16() {
 #ifdef __x86_64__
-  return isa() == Isa::kAvx512 && (__builtin_cpu_supports("avx512bf16") || __builtin_cpu_supports("amx-bf16"));
+  return __builtin_cpu_supports("amx-bf16") || (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"));
+#else
+  return false;
+#endif
+}
+
+bool has_fast_half() {
+#ifdef __x86_64__
+  return __builtin_cpu_supports("avx512fp16");
 #else
   return false;
 #endif

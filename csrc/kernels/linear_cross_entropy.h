@@ -11,6 +11,8 @@
 // The logits lie in blocks of the vocabulary, one after the other, each of them [R, N] with nothing between its rows:
 // whatever V is, the library's operands are dense and, but for the last block, aligned.
 //
+// A CPU that multiplies 16-bit types slower than float gets them as floats (WidenValues), block by block.
+//
 // RowLosses reads R*V logits twice (a row of them at a time, so that the second time they come from a cache) and writes
 // them once. AddProduct reads two values and writes one for each element.
 #pragma once
@@ -43,6 +45,13 @@ struct AddProduct {
 };
 
 template <class T>
+struct WidenValues {
+  const T* in;  // [count]
+  float* out;   // [count]
+  int64_t count;
+};
+
+template <class T>
 struct SumLosses {
   const AccumulateType<T>* loss;  // [R]
   AccumulateType<T>* total;       // [1]
@@ -53,6 +62,8 @@ template <class T>
 void launch(Cpu device, const RowLosses<T>& p);  // T float, double, bfloat16, half
 template <class T>
 void launch(Cpu device, const AddProduct<T>& p);
+template <class T>
+void launch(Cpu device, const WidenValues<T>& p);  // bfloat16, half
 template <class T>
 void launch(Cpu device, const SumLosses<T>& p);
 template <class T>

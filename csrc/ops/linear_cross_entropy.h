@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/isa.h"
 #include "kernels/linear_cross_entropy.h"
 #include "ops/product.h"
 
@@ -19,10 +20,19 @@ int64_t vocabulary_block(int64_t vocabulary) {
   return std::min(vocabulary, std::clamp<int64_t>((vocabulary / 16 + 63) / 64 * 64, 128, 2048));
 }
 
-// Rows of a chunk whose grad_hidden is one task.
+// The type that products are taken in: float where the library is slower with `type`.
 template <class Device>
-int64_t row_tile(int64_t chunk) {
-  return std::is_same_v<Device, Cpu> ? std::max<int64_t>(16, (chunk + 7) / 8) : std::max<int64_t>(1, chunk);
+ScalarType product_type(ScalarType type) {
+  const bool slow =
+      (type == ScalarType::BFloat16 && !has_fast_bfloat16()) || (type == ScalarType::Half && !has_fast_half());
+  return std::is_same_v<Device, Cpu> && slow ? ScalarType::Float : type;
+}
+
+// Rows of a chunk whose grad_hidden is one task. Each task takes the whole weight, and may have to widen it.
+template <class Device>
+int64_t row_tile(int64_t chunk, bool widens) {
+  if (!std::is_same_v<Device, Cpu>) return std::max<int64_t>(1, chunk);
+  return std::max<int64_t>(16, widens ? (chunk + 3) / 4 : (chunk + 7) / 8);
 }
 
 // hidden [R, H], weight [V, H] of one dtype, target [R] int64, scale [R] in the accumulation type or none for ones
@@ -54,47 +64,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hi
   Tensor grad_hidden = gradient(need_grad_hidden, num_rows), grad_weight = gradient(need_grad_weight, vocabulary);
   if (num_rows == 0) fill_(grad_weight, 0);
 
-  const bool need_grad = need_grad_hidden || need_grad_weight;
-  const int64_t row_bytes = vocabulary * static_cast<int64_t>(hidden.element_size());
+  const ScalarType products_type = product_type<Device>(type);
+  const bool need_grad = need_grad_hidden || need_grad_weight, widens = products_type != type;
+  const int64_t row_bytes = vocabulary * (widens ? 4 : static_cast<int64_t>(hidden.element_size()));
   const int64_t most_rows = std::max<int64_t>(1, max_workspace_bytes / row_bytes);
   const int64_t num_chunks = (num_rows + most_rows - 1) / most_rows;  // of about the same size, so that none is tiny
   const int64_t chunk = num_chunks == 0 ? 0 : (num_rows + num_chunks - 1) / num_chunks;
   const int64_t block = vocabulary_block<Device>(vocabulary), num_blocks = (vocabulary + block - 1) / block;
-  const int64_t tile = row_tile<Device>(chunk);
+  const int64_t tile = row_tile<Device>(chunk, widens);
   const int64_t product_size = need_grad ? std::max(tile, block) * size : 0;
-  Tensor logits = new_empty(hidden, {chunk * vocabulary});
-  Tensor products = new_empty(hidden, {num_workers<Device>() * product_size});
+  Tensor logits = new_empty(hidden, {chunk * vocabulary}, products_type);
+  Tensor products = new_empty(hidden, {num_workers<Device>() * product_size}, products_type);
+  Tensor wide_hidden = new_empty(hidden, {widens ? chunk * size : 0}, ScalarType::Float);
+  Tensor wide_weight = new_empty(hidden, {widens ? num_workers<Device>() * block * size : 0}, ScalarType::Float);
 
-  dispatch<Device>(type, "linear_cross_entropy", [&](auto element) {
+  auto run = [&](auto element, auto product_element) {
     using T = decltype(element);
+    using P = decltype(product_element);
     using Wide = AccumulateType<T>;
-    T *logits_data = output<T>(logits), *products_data = output<T>(products);
+    P *logits_data = output<P>(logits), *products_data = output<P>(products);
     Wide *grad_hidden_data = output<Wide>(grad_hidden), *grad_weight_data = output<Wide>(grad_weight);
-    // sum = a b if it is the first product, otherwise sum += a b
-    auto add_product = [&](const Matrix<T>& a, const Matrix<T>& b, Wide* sum, bool first, int64_t worker) {
-      if constexpr (std::is_same_v<T, Wide>) {
-        if (first) return multiply<Device>(a, b, Matrix<T>{sum, a.rows, b.columns}, hidden_);
+    // in, as products take it
+    auto widen = [&]([[maybe_unused]] P* out, const T* in, [[maybe_unused]] int64_t count) -> const P* {
+      if constexpr (std::is_same_v<T, P>) {
+        return in;
+      } else {
+        launch(guard.device(), WidenValues<T>{in, out, count});
+        return out;
       }
-      const Matrix<T> product{products_data + worker * product_size, a.rows, b.columns};
-      multiply<Device>(a, b, product, hidden_);
-      launch(guard.device(), AddProduct<T>{product.data, sum, a.rows * b.columns, first});
+    };
+    // sum = a b if it is the first product, otherwise sum += a b
+    auto add_product = [&](const Matrix<P>& a, const Matrix<P>& b, Wide* sum, bool first, int64_t worker) {
+      if constexpr (std::is_same_v<P, Wide>) {
+        if (first) return multiply<Device>(a, b, Matrix<P>{sum, a.rows, b.columns}, logits);
+      }
+      const Matrix<P> product{products_data + worker * product_size, a.rows, b.columns};
+      multiply<Device>(a, b, product, logits);
+      launch(guard.device(), AddProduct<P>{product.data, sum, a.rows * b.columns, first});
     };
     for (int64_t row = 0; row < num_rows; row += chunk) {
       const int64_t rows = std::min(chunk, num_rows - row);
-      const Matrix<T> chunk_hidden{input<T>(hidden_) + row * size, rows, size};
+      const P* chunk_data = widen(output<P>(wide_hidden), input<T>(hidden_) + row * size, rows * size);
+      const Matrix<P> chunk_hidden{chunk_data, rows, size};
       // of a block: its columns of the logits and its rows of the weight
       auto width = [&](int64_t index) { return std::min(block, vocabulary - index * block); };
       auto block_logits = [&](int64_t index, int64_t first_row, int64_t count) {
-        T* data = logits_data + index * block * rows + first_row * width(index);
-        return Matrix<T>{data, count, width(index)};
+        P* data = logits_data + index * block * rows + first_row * width(index);
+        return Matrix<P>{data, count, width(index)};
       };
-      auto block_weight = [&](int64_t index) {
-        return Matrix<T>{input<T>(weight_) + index * block * size, width(index), size};
+      auto block_weight = [&](int64_t index, int64_t worker) {
+        const T* data = input<T>(weight_) + index * block * size;
+        P* out = output<P>(wide_weight) + worker * block * size;
+        return Matrix<P>{widen(out, data, width(index) * size), width(index), size};
       };
-      each_task<Device>(num_blocks, [&](int64_t index, int64_t) {
-        multiply<Device>(chunk_hidden, ~block_weight(index), block_logits(index, 0, rows), hidden_);
+      each_task<Device>(num_blocks, [&](int64_t index, int64_t worker) {
+        multiply<Device>(chunk_hidden, ~block_weight(index, worker), block_logits(index, 0, rows), logits);
       });
-      launch(guard.device(), RowLosses<T>{.logits = logits_data,
+      launch(guard.device(), RowLosses<P>{.logits = logits_data,
                                           .target = input<int64_t>(target_) + row,
                                           .scale = scale ? input<Wide>(scale_) + row : nullptr,
                                           .loss = output<Wide>(loss) + row,
@@ -108,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hi
           const int64_t first_row = task * tile, count = std::min(tile, rows - first_row);
           Wide* sum = grad_hidden_data + (row + first_row) * size;
           for (int64_t index = 0; index < num_blocks; ++index) {
-            add_product(block_logits(index, first_row, count), block_weight(index), sum, index == 0, worker);
+            add_product(block_logits(index, first_row, count), block_weight(index, worker), sum, index == 0, worker);
           }
         });
       }
@@ -120,6 +146,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hi
       }
     }
     launch(guard.device(), SumLosses<T>{.loss = input<Wide>(loss), .total = output<Wide>(total), .num_rows = num_rows});
+  };
+  dispatch<Device>(type, "linear_cross_entropy", [&](auto element) {
+    if constexpr (std::is_same_v<Device, Cpu> && sizeof(element) == 2) {
+      if (widens) return run(element, float{});
+    }
+    run(element, element);
   });
   return {total, loss, grad_hidden, grad_weight};
 }

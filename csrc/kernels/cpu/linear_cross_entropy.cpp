@@ -8,7 +8,8 @@
 namespace calm_rt {
 
 CALM_EACH_ISA(template <class T> void row_losses_kernel(const RowLosses<T>& p, int64_t begin, int64_t end);
-              template <class T> void add_product_kernel(const AddProduct<T>& p, int64_t begin, int64_t end);)
+              template <class T> void add_product_kernel(const AddProduct<T>& p, int64_t begin, int64_t end);
+              template <class T> void widen_values_kernel(const WidenValues<T>& p, int64_t begin, int64_t end);)
 
 namespace CALM_ISA {
 namespace {
@@ -101,6 +102,14 @@ void add_product_kernel(const AddProduct<T>& p, int64_t begin, int64_t end) {
   for (; i < end; ++i) p.sum[i] = p.first ? widen(p.product[i]) : p.sum[i] + widen(p.product[i]);
 }
 
+template <class T>
+void widen_values_kernel(const WidenValues<T>& p, int64_t begin, int64_t end) {
+  each_run<Float>(begin, end,
+                  [&](int64_t i, int64_t count) { store_some(p.out + i, load_some<Float>(p.in + i, count), count); });
+}
+template void widen_values_kernel(const WidenValues<bfloat16>&, int64_t, int64_t);
+template void widen_values_kernel(const WidenValues<half>&, int64_t, int64_t);
+
 #define CALM_INSTANTIATE(T)                                               \
   template void row_losses_kernel(const RowLosses<T>&, int64_t, int64_t); \
   template void add_product_kernel(const AddProduct<T>&, int64_t, int64_t);
@@ -125,6 +134,14 @@ void launch(Cpu device, const AddProduct<T>& p) {
   parallel_rows(device, p.count, 1 << 16,
                 [&](int64_t begin, int64_t end) { CALM_SELECT(add_product_kernel<T>)(p, begin, end); });
 }
+
+template <class T>
+void launch(Cpu device, const WidenValues<T>& p) {
+  parallel_rows(device, p.count, 1 << 16,
+                [&](int64_t begin, int64_t end) { CALM_SELECT(widen_values_kernel<T>)(p, begin, end); });
+}
+template void launch(Cpu, const WidenValues<bfloat16>&);
+template void launch(Cpu, const WidenValues<half>&);
 
 template <class T>
 void launch(Cpu, const SumLosses<T>& p) {
