@@ -1,4 +1,4 @@
-"""Hypothesis tries 100 examples of a test, and with `pytest --hypothesis-profile=fuzz` many more."""
+"""Hypothesis tries 100 examples of a test, with `pytest --hypothesis-profile=fuzz` many more."""
 
 from hypothesis import settings
 
