@@ -80,7 +80,8 @@ def check_floats(
     assert agrees.all(), f"{ours[~agrees]}, reference {reference[~agrees]}, exact {truth[~agrees]}"
     finite = (kinds == 0) & (kind(reference) == 0) & (kind(rounded) == 0)
     stored, wide = ours.dtype, torch.promote_types(ours.dtype, torch.float32)
-    few_eps = 4 * torch.finfo(stored if chain else wide).eps
+    few = 8 if wide == torch.float64 else 4  # sums of float32 terms are kept in float64
+    few_eps = few * torch.finfo(stored if chain else wide).eps
     allowed = (2 * rounding + few_eps) * magnitude.nan_to_num(nan=torch.inf)
     own = torch.finfo(stored)
     allowed = allowed + 4 * own.smallest_normal * own.eps  # the step of subnormal numbers
@@ -104,20 +105,37 @@ def terms(case: Case, exact: dict, truth: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def errors(values: list[Tensor], truth: list[Tensor], magnitudes: list[Tensor]) -> list[float]:
-    """The largest error of each tensor in proportion to its magnitude."""
-    return [worst_error(*tensors) for tensors in zip(values, truth, magnitudes, strict=True)]
-
-
-def scaled_errors(trial: Trial) -> list[float]:
-    """What the reference misses in float32, scaled by eps: nothing is wider than float64."""
-    narrow = replace(trial, dtype=torch.float32, mixed=False)
-    case, arguments = narrow.case(), narrow.make()
+def reference_errors(trial: Trial) -> list[float]:
+    """What the reference misses; nothing is wider than float64, so there float32's, scaled."""
+    wide = trial.dtype == torch.float64
+    measured = replace(trial, dtype=torch.float32, mixed=False) if wide else trial
+    case, arguments = measured.case(), with_dtype(measured)
     exact = cast(case, arguments, torch.float64)
-    truth = outcome("reference", case, exact)
-    reference = outcome("reference", case, cast(case, arguments, torch.float32))
-    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return [scale * error for error in errors(reference, truth, terms(case, exact, truth))]
+    truth, reference = (outcome("reference", case, given) for given in (exact, arguments))
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if wide else 1.0
+    magnitudes = terms(case, exact, truth)
+    return [
+        scale * worst_error(*tensors) for tensors in zip(reference, truth, magnitudes, strict=True)
+    ]
+
+
+def alike(trial: Trial) -> list[Trial]:
+    """The trial, and others whose rounding errors are typical of it."""
+    others = [trial]
+    if trial.dtype == torch.float64:  # float32 may overflow
+        others.append(replace(trial, values=replace(trial.values, leaves=0)))
+    if trial.op in CHAINS:  # whose few numbers may come out right by chance
+        seeds = range(trial.values.seed + 1, trial.values.seed + 4)
+        others += [replace(trial, values=replace(trial.values, seed=seed)) for seed in seeds]
+    return others
+
+
+def with_dtype(trial: Trial) -> dict:
+    """The arguments, with the dtype of what is returned where the op asks for it."""
+    arguments = trial.make()
+    if "dtype" in inspect.signature(getattr(ops, trial.op)).parameters:
+        arguments["dtype"] = trial.dtype
+    return arguments
 
 
 def worst_error(values: Tensor, truth: Tensor, magnitude: Tensor) -> float:
@@ -159,9 +177,7 @@ def test_every_kernel_is_fuzzed(op: str) -> None:
 @fuzz
 def test_laws_on_drawn_arguments(op: str, data: st.DataObject) -> None:
     trial, chain = data.draw(all_trials(op), "trial"), op in CHAINS
-    case, arguments = trial.case(), trial.make()
-    if "dtype" in inspect.signature(getattr(ops, op)).parameters:
-        arguments["dtype"] = trial.dtype
+    case, arguments = trial.case(), with_dtype(trial)
     ours = outcome("native", case, arguments)
     strided = outcome("native", case, trial.strided(arguments))
     if op != "encode" or not case.gradients:  # with gradients it takes torch's own products too
@@ -171,10 +187,7 @@ def test_laws_on_drawn_arguments(op: str, data: st.DataObject) -> None:
     truth = outcome("reference", case, exact)
     reference = outcome("reference", case, arguments)
     magnitudes = terms(case, exact, truth)
-    worst = errors(reference, truth, magnitudes)
-    if trial.dtype == torch.float64:
-        plain = replace(trial, values=replace(trial.values, leaves=0))  # float32 may overflow
-        worst = [max(pair) for pair in zip(scaled_errors(trial), scaled_errors(plain), strict=True)]
+    worst = [max(errors) for errors in zip(*map(reference_errors, alike(trial)), strict=True)]
     num_outputs = len(ours) - len(case.leaves(arguments))
     for index, output in enumerate(ours):
         assert output.shape == truth[index].shape

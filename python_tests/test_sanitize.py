@@ -111,8 +111,8 @@ BUGS = (
     Bug(
         "signed-overflow",
         "noise.cpp",
-        f"{WORD};",
-        f"{WORD} + (*p.seed * 0x7FFFFFFF - *p.seed * 0x7FFFFFFE - *p.seed);",
+        WORD,
+        WORD.replace("*p.seed", "*p.seed * 3"),
         "signed integer overflow",
         "noise",
     ),
