@@ -1,6 +1,7 @@
 """The compiled extension: is it there, which ops does it hold, and may a call use it."""
 
 import importlib.util
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -83,6 +84,17 @@ def build_info() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
+def _check_isa() -> None:
+    """Warn where CALM_RT_CPU_ISA asks for what this processor or this build does not have."""
+    wanted, used = os.environ.get("CALM_RT_CPU_ISA"), build_info().get("isa")
+    if wanted and used and wanted != used:
+        warnings.warn(
+            "calm_rt: CALM_RT_CPU_ISA: expected portable, avx2 or avx512, one that this processor "
+            f"has, got {wanted!r}. Using {used}.",
+            stacklevel=2,
+        )
+
+
 def why_reference(op: str, device: str, dtype: torch.dtype, dtypes: dict[str, tuple]) -> str | None:
     """Why `op` on this device and dtype runs the reference; None where it runs a kernel.
 
@@ -141,3 +153,4 @@ class backend:
 
 
 _load_error = _load()
+_check_isa()

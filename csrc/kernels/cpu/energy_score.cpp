@@ -78,10 +78,7 @@ CALM_INLINE void write_row(const Wide* from, int64_t length, T* to) {
   each_position<V>(length, [&](int64_t position, int64_t index) { narrow(from[index], to + position); });
 }
 
-CALM_INLINE float power(float x, double exponent) { return static_cast<float>(__builtin_pow(x, exponent)); }
-CALM_INLINE double power(double x, double exponent) { return __builtin_pow(x, exponent); }
-
-// Turns `count` squared distances into the weights scale * beta * d^(beta - 2) of their gradients, 0 at distance 0;
+// Turns `count` squared distances into the weights scale * beta * d^(beta - 1) / d of their gradients, 0 at distance 0;
 // returns the sum of d^beta.
 template <class V, class Wide>
 CALM_INLINE double weigh(Wide* squared, int64_t count, double beta, double scale) {
@@ -96,9 +93,10 @@ CALM_INLINE double weigh(Wide* squared, int64_t count, double beta, double scale
     return total;
   }
   for (int64_t k = 0; k < count; ++k) {
-    Wide d = __builtin_sqrt(squared[k]);
-    squared[k] = d == 0 ? 0 : static_cast<Wide>(scale * beta) * power(d, beta - 2);
-    total += d == 0 ? 0 : power(d, beta);
+    const double d = __builtin_sqrt(squared[k]);
+    // in this order an infinite d gives NaN where beta > 1, as the overflow of a gradient that is not 0 should
+    squared[k] = d == 0 ? 0 : static_cast<Wide>(scale * beta * __builtin_pow(d, beta - 1) / d);
+    total += d == 0 ? 0 : __builtin_pow(d, beta);
   }
   return total;
 }

@@ -1,0 +1,238 @@
+"""Kernels on drawn shapes, strides, dtypes and extreme values: the laws of test_ops.py.
+
+`make fuzz` draws many more. A value that is not finite has to be the one that the reference or
+exact arithmetic gives; the errors of the others are compared where all three are finite.
+"""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from fuzzing import CHAINS, MAKERS, Trial, trials
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_ops import cast, kernel_dtypes, run
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import calm_rt
+from calm_rt import _native, ops
+from calm_rt.ops import check
+from calm_rt.testing import CASES, Case
+
+KERNEL_OPS = [op for op in ops.__all__ if op not in _native.REFERENCE_ONLY]
+
+fuzz = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def all_trials(op: str) -> st.SearchStrategy[Trial]:
+    case = next(case for case in CASES if case.op == op)
+    return trials(op, kernel_dtypes(case, "cpu"))
+
+
+def outcome(backend: str, case: Case, arguments: dict) -> list[Tensor]:
+    """Outputs and gradients of fresh leaves with these values and strides."""
+    arguments = tree_map(lambda value: value.detach() if is_tensor(value) else value, arguments)
+    for leaf in case.leaves(arguments):
+        leaf.requires_grad_()
+    with calm_rt.backend(backend):
+        return run(case, arguments)
+
+
+def is_tensor(value) -> bool:
+    return isinstance(value, Tensor)
+
+
+def kind(values: Tensor) -> Tensor:
+    """0 for a finite value, 1 and -1 for the infinities, 2 for NaN."""
+    return torch.where(values.isnan(), 2, values.isinf() * values.sign().nan_to_num()).int()
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, any NaN being like any other."""
+    same = (a == b) & (a.signbit() == b.signbit()) if a.is_floating_point() else a == b
+    return bool((same | (a.isnan() & b.isnan())).all())
+
+
+def check_floats(
+    ours: Tensor,
+    truth: Tensor,
+    reference: Tensor,
+    magnitude: Tensor,
+    rounding: float,
+    gradient: bool,
+    chain: bool,
+) -> None:
+    """Law 1 per element, in proportion to its magnitude.
+
+    rounding: the reference's worst error in proportion to its magnitude, in ours' type.
+    gradient: what is not finite may be infinite or NaN, as the formula for it has it.
+    chain: what stands between the steps is rounded to ours' type.
+    """
+    kinds = kind(ours)
+    rounded = truth.to(ours.dtype)
+    agrees = (kinds == kind(reference)) | (kinds == kind(rounded))
+    if gradient:
+        agrees |= (kinds != 0) & (kind(reference) != 0)
+    # near the largest number sums in another order overflow
+    agrees |= (kinds != 0) & ~(magnitude < torch.finfo(ours.dtype).max / 256)
+    assert agrees.all(), f"{ours[~agrees]}, reference {reference[~agrees]}, exact {truth[~agrees]}"
+    finite = (kinds == 0) & (kind(reference) == 0) & (kind(rounded) == 0)
+    stored, wide = ours.dtype, torch.promote_types(ours.dtype, torch.float32)
+    few = 8 if wide == torch.float64 else 4  # sums of float32 terms are kept in float64
+    few_eps = few * torch.finfo(stored if chain else wide).eps
+    allowed = (2 * rounding + few_eps) * magnitude.nan_to_num(nan=torch.inf)
+    own = torch.finfo(stored)
+    allowed = allowed + 4 * own.smallest_normal * own.eps  # the step of subnormal numbers
+    if stored != wide:
+        allowed = allowed + own.eps * truth.abs()
+    error = (ours.double() - truth).abs()
+    wrong = finite & (error > allowed)
+    assert not wrong.any(), (
+        f"{ours[wrong]}, exact {truth[wrong]}, {(error / allowed)[wrong]} of the error allowed"
+    )
+
+
+def terms(case: Case, exact: dict, truth: list[Tensor]) -> list[Tensor]:
+    """The sums of absolute terms; of a gradient that nobody gives them for, its largest element."""
+    if case.magnitudes is None:
+        return [value.abs() + 1 for value in truth]
+    known = case.magnitudes(exact)[: len(truth)]
+    others = truth[len(known) :]
+    return known + [
+        value.abs().amax().expand_as(value) if value.numel() else value for value in others
+    ]
+
+
+def reference_errors(trial: Trial) -> list[float]:
+    """What the reference misses; nothing is wider than float64, so there float32's, scaled."""
+    wide = trial.dtype == torch.float64
+    measured = replace(trial, dtype=torch.float32, mixed=False) if wide else trial
+    case, arguments = measured.case(), with_dtype(measured)
+    exact = cast(case, arguments, torch.float64)
+    truth, reference = (outcome("reference", case, given) for given in (exact, arguments))
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if wide else 1.0
+    magnitudes = terms(case, exact, truth)
+    return [
+        scale * worst_error(*tensors) for tensors in zip(reference, truth, magnitudes, strict=True)
+    ]
+
+
+def alike(trial: Trial) -> list[Trial]:
+    """The trial, and others whose rounding errors are typical of it."""
+    others = [trial]
+    if trial.dtype == torch.float64:  # float32 may overflow
+        others.append(replace(trial, values=replace(trial.values, leaves=0)))
+    if trial.op in CHAINS:  # whose few numbers may come out right by chance
+        seeds = range(trial.values.seed + 1, trial.values.seed + 4)
+        others += [replace(trial, values=replace(trial.values, seed=seed)) for seed in seeds]
+    return others
+
+
+def with_dtype(trial: Trial) -> dict:
+    """The arguments, with the dtype of what is returned where the op asks for it."""
+    arguments = trial.make()
+    if "dtype" in inspect.signature(getattr(ops, trial.op)).parameters:
+        arguments["dtype"] = trial.dtype
+    return arguments
+
+
+def worst_error(values: Tensor, truth: Tensor, magnitude: Tensor) -> float:
+    """The largest error in proportion to its magnitude."""
+    proportion = ((values.double() - truth).abs() / magnitude)[magnitude > 0]
+    proportion = proportion[proportion.isfinite()]
+    return float(proportion.max()) if proportion.numel() else 0.0
+
+
+def check_ids(case: Case, trial: Trial, exact: dict, ids: Tensor, chosen: Tensor, truth: Tensor):
+    """Exact ties and what is not finite are decided as torch decides; elsewhere the exact score of
+    an id is the best, up to the rounding of the inputs' dtype."""
+    if case.scores is None:
+        assert torch.equal(ids, truth)
+        return
+    scores, magnitudes = case.scores(exact)
+    finite = scores.isfinite().all(-1)
+    assert torch.equal(ids[~finite], scores[~finite].argmax(-1))
+
+    def missed(some_ids: Tensor) -> Tensor:
+        """By how much each score is below the best, in proportion to its terms."""
+        below = scores.amax(-1) - scores.gather(-1, some_ids[..., None]).squeeze(-1)
+        return (below / magnitudes.amax(-1))[finite].nan_to_num()  # 0 / 0 where all scores are 0
+
+    assert ((ids >= 0) & (ids < scores.shape[-1])).all()
+    if finite.any():
+        few = 4 if case.op in CHAINS else 1  # the steps before the scores are rounded too
+        allowed = 2 * missed(chosen).max() + few * torch.finfo(trial.dtype).eps
+        assert missed(ids).max() <= allowed
+
+
+@pytest.mark.parametrize("op", KERNEL_OPS)
+def test_every_kernel_is_fuzzed(op: str) -> None:
+    assert op in MAKERS
+
+
+@pytest.mark.parametrize("op", KERNEL_OPS)
+@given(data=st.data())
+@fuzz
+def test_laws_on_drawn_arguments(op: str, data: st.DataObject) -> None:
+    trial, chain = data.draw(all_trials(op), "trial"), op in CHAINS
+    case, arguments = trial.case(), with_dtype(trial)
+    ours = outcome("native", case, arguments)
+    strided = outcome("native", case, trial.strided(arguments))
+    if op != "encode" or not case.gradients:  # with gradients it takes torch's own products too
+        assert all(identical(a, b) for a, b in zip(ours, strided, strict=True))
+
+    exact = cast(case, arguments, torch.float64)
+    truth = outcome("reference", case, exact)
+    reference = outcome("reference", case, arguments)
+    magnitudes = terms(case, exact, truth)
+    worst = [max(errors) for errors in zip(*map(reference_errors, alike(trial)), strict=True)]
+    num_outputs = len(ours) - len(case.leaves(arguments))
+    for index, output in enumerate(ours):
+        assert output.shape == truth[index].shape
+        if output.is_floating_point():
+            gradient = index >= num_outputs
+            rounding = worst[index]
+            if chain and not gradient:  # one of few numbers may come out right by chance
+                rounding = max(worst[:num_outputs])
+            if chain and trial.values.leaves and (gradient or trial.dtype == torch.float64):
+                rounding = torch.inf  # nothing says how much it grows there: only the places count
+            values = output, truth[index], reference[index], magnitudes[index]
+            check_floats(*values, rounding, gradient, chain)
+        else:
+            check_ids(case, trial, exact, output, reference[index], truth[index])
+
+
+def wild_ids(generator: torch.Generator, count: int, vocabulary: int) -> Tensor:
+    """Ids of no token: next to the vocabulary, and at the ends of int64."""
+    choices = torch.tensor([-1, vocabulary, vocabulary + 7, -(2**63), 2**63 - 1, -(2**33)])
+    return choices[torch.randint(len(choices), (count,), generator=generator)]
+
+
+@pytest.mark.parametrize(("op", "ids"), [("encode", "ids"), ("linear_cross_entropy", "target")])
+@given(data=st.data())
+@fuzz
+def test_ids_of_no_token_make_their_rows_nan(op: str, ids: str, data: st.DataObject) -> None:
+    """What a compiled program or a GPU may pass on: the public function looks only where it can."""
+    trial = replace(data.draw(all_trials(op), "trial"), gradients=False)
+    case, arguments = trial.case(), trial.make()
+    tokens = arguments[ids]
+    if op == "linear_cross_entropy":
+        arguments["reduction"] = "none"
+        vocabulary = len(arguments["weight"])
+    else:
+        weights = arguments["weights"]
+        vocabulary = getattr(weights, "tables", weights[0]).shape[-2]
+    generator = torch.Generator().manual_seed(trial.values.seed)
+    wrong = torch.rand(tokens.shape, generator=generator) < 0.3
+    wild = tokens.clone()
+    wild[wrong] = wild_ids(generator, int(wrong.sum()), vocabulary)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "may_look", lambda tensor: False)
+        expected = outcome("native", case, arguments)
+        outputs = outcome("native", case, {**arguments, ids: wild})
+    rows = wrong.flatten(1).any(1) if wrong.dim() > 1 else wrong
+    for output, clean in zip(outputs, expected, strict=True):
+        assert output[rows].isnan().all()
+        assert identical(output[~rows], clean[~rows])
