@@ -31,7 +31,7 @@ struct Row {
   Wide *x, *grad_x;                             // [S, padded]
   Wide *mean, *std, *grad_mean, *grad_log_std;  // [padded]
   Wide *y, *delta;                              // [kTargetTile, padded], y = mean + delta
-  Wide* weight;                                 // [kTargetTile, draws_padded], squared distances, then gradient weights
+  Wide* weight;                                 // [kTargetTile draws_padded], squared distances, then gradient weights
 
   Row(Wide* scratch, int64_t draws, int64_t length, int width, int lane_count)
       : padded((length + width - 1) / width * width),
@@ -131,50 +131,89 @@ CALM_INLINE double diversity(const Row<Wide>& row, double beta) {
   return total / pairs;
 }
 
+// Where the weights of draw s lie: those of Draws draws and Targets targets after each other, as registers hold them.
+// Element t * stride is that of target t.
+template <int Targets, class Wide>
+struct DrawWeights {
+  Wide* first;
+  int64_t stride;
+
+  DrawWeights(const Row<Wide>& row, int64_t s) {
+    const bool tiled = s < row.num_draws / kDrawTile * kDrawTile;
+    first = row.weight + (tiled ? s / kDrawTile * kDrawTile * Targets + s % kDrawTile : s * Targets);
+    stride = tiled ? kDrawTile : 1;
+  }
+};
+
+// out[i] = the sum over v[i].
+template <int Count, class V, class Wide>
+CALM_INLINE void store_sums(V (&v)[Count], Wide* out) {
+  if constexpr (lanes<V> == kLanes && Count % kLanes == 0) {
+    for (int first = 0; first < Count; first += kLanes) {
+      V part[kLanes];
+      for (int i = 0; i < kLanes; ++i) part[i] = v[first + i];
+      store(out + first, sums(part));
+    }
+  } else {
+    for (int i = 0; i < Count; ++i) out[i] = sum(v[i]);
+  }
+}
+
 template <int Targets, int Draws, class V, class Wide>
 CALM_INLINE void squared_distances(const Row<Wide>& row, int64_t draw) {
-  V squared[Targets][Draws] = {};
+  V squared[Targets * Draws] = {};
   for (int64_t l = 0; l < row.padded; l += lanes<V>) {
     V y[Targets];
     for (int t = 0; t < Targets; ++t) y[t] = load(row.y + t * row.padded + l);
     for (int s = 0; s < Draws; ++s) {
       V x = load(row.x + (draw + s) * row.padded + l);
-      for (int t = 0; t < Targets; ++t) squared[t][s] += (x - y[t]) * (x - y[t]);
+      for (int t = 0; t < Targets; ++t) squared[t * Draws + s] += (x - y[t]) * (x - y[t]);
     }
   }
-  for (int t = 0; t < Targets; ++t) {
-    for (int s = 0; s < Draws; ++s) row.weight[t * row.draws_padded + draw + s] = sum(squared[t][s]);
-  }
+  store_sums(squared, row.weight + draw * Targets);
 }
 
 // Makes targets first ... first + Targets - 1 of the row and adds them to the fidelity and the gradients.
 template <int Targets, class V, class T, class Wide>
-CALM_INLINE double add_targets(const EnergyScore<T>& p, const Row<Wide>& row, int64_t r, int64_t first, double scale) {
+CALM_INLINE double add_targets(const EnergyScore<T>& p, const Row<Wide>& row, int64_t r, int64_t first, double scale,
+                               const Keys& keys) {
+  // Two loops, because each is one long chain of dependent instructions an iteration: so more of them run at a time.
   for (int t = 0; t < Targets; ++t) {
     for (int64_t l = 0; l < row.padded; l += 4 * lanes<V>) {
+      V uniform[4];
+      uniforms(static_cast<uint32_t>(l / 4), kTarget, static_cast<uint32_t>(first + t), p.rows[r], keys, uniform);
+      for (int j = 0; j < 4; ++j) store(row.y + t * row.padded + l + j * lanes<V>, uniform[j]);
+    }
+  }
+  for (int t = 0; t < Targets; ++t) {
+    for (int64_t l = 0; l < row.padded; l += 4 * lanes<V>) {
+      Wide *y = row.y + t * row.padded + l, *delta = row.delta + t * row.padded + l;
       V eps[4];
-      normals(static_cast<uint32_t>(l / 4), kTarget, static_cast<uint32_t>(first + t), p.rows[r],
-              static_cast<uint64_t>(*p.seed), eps);
+      for (int j = 0; j < 4; ++j) eps[j] = load(y + j * lanes<V>);
+      box_muller(eps);
       for (int j = 0; j < 4; ++j) {
-        const int64_t k = l + j * lanes<V>;
-        V delta = load(row.std + k) * eps[j];
-        store(row.delta + t * row.padded + k, delta);
-        store(row.y + t * row.padded + k, load(row.mean + k) + delta);
+        const int64_t k = j * lanes<V>;
+        eps[j] *= load(row.std + l + k);
+        if (p.grad_mean) store(delta + k, eps[j]);
+        store(y + k, load(row.mean + l + k) + eps[j]);
       }
     }
   }
   int64_t draw = 0;
   for (; draw + kDrawTile <= row.num_draws; draw += kDrawTile) squared_distances<Targets, kDrawTile, V>(row, draw);
   for (; draw < row.num_draws; ++draw) squared_distances<Targets, 1, V>(row, draw);
-  double total = weigh<V>(row.weight, Targets * row.draws_padded, p.beta, scale);
+  int64_t count = Targets * row.num_draws;
+  for (; count % lanes<V> != 0; ++count) row.weight[count] = 0;
+  double total = weigh<V>(row.weight, count, p.beta, scale);
 
   if (p.grad_x) {
     for (int64_t s = 0; s < row.num_draws; ++s) {
+      const DrawWeights<Targets, Wide> weights(row, s);
+      V weight[Targets];
+      for (int t = 0; t < Targets; ++t) weight[t] = splat<V>(weights.first[t * weights.stride]);
       for (int64_t l = 0; l < row.padded; l += lanes<V>) {
         V x = load(row.x + s * row.padded + l), grad = load(row.grad_x + s * row.padded + l);
-        for (int t = 0; t < Targets; ++t) {
-          grad += row.weight[t * row.draws_padded + s] * (x - load(row.y + t * row.padded + l));
-        }
+        for (int t = 0; t < Targets; ++t) grad += weight[t] * (x - load(row.y + t * row.padded + l));
         store(row.grad_x + s * row.padded + l, grad);
       }
     }
@@ -185,7 +224,8 @@ CALM_INLINE double add_targets(const EnergyScore<T>& p, const Row<Wide>& row, in
       for (int t = 0; t < Targets; ++t) {
         V y = load(row.y + t * row.padded + l), grad_y{};
         for (int64_t s = 0; s < row.num_draws; ++s) {
-          grad_y += row.weight[t * row.draws_padded + s] * (y - load(row.x + s * row.padded + l));
+          const DrawWeights<Targets, Wide> weights(row, s);
+          grad_y += weights.first[t * weights.stride] * (y - load(row.x + s * row.padded + l));
         }
         grad_mean += grad_y;
         grad_log_std += grad_y * load(row.delta + t * row.padded + l);
@@ -203,6 +243,7 @@ template <class T>
 void energy_score_kernel(const EnergyScore<T>& p, AccumulateType<T>* scratch, int64_t begin, int64_t end) {
   using Wide = AccumulateType<T>;
   using V = Vector<Wide>;
+  const Keys keys(static_cast<uint64_t>(*p.seed));
   const Row<Wide> row(scratch, p.num_draws, p.size, 4 * lanes<V>, lanes<V>);
   const double draws_by_targets = static_cast<double>(p.num_draws) * static_cast<double>(p.num_targets);
   const double scale = -2 / draws_by_targets;  // of d fidelity in d score
@@ -218,16 +259,14 @@ void energy_score_kernel(const EnergyScore<T>& p, AccumulateType<T>* scratch, in
       row.std[index] = sizeof(Wide) == 4 ? static_cast<Wide>(__builtin_expf(static_cast<float>(log_std)))
                                          : static_cast<Wide>(__builtin_exp(log_std));
     });
-    for (int64_t k = 0; k < kTargetTile * row.draws_padded; ++k) row.weight[k] = 0;
 
     const double mean_diversity = diversity<V>(row, p.beta);
-    for (int64_t k = 0; k < kTargetTile * row.draws_padded; ++k) row.weight[k] = 0;
     double total = 0;
     int64_t m = 0;
     for (; m + kTargetTile <= p.num_targets; m += kTargetTile) {
-      total += add_targets<kTargetTile, V>(p, row, r, m, scale);
+      total += add_targets<kTargetTile, V>(p, row, r, m, scale, keys);
     }
-    for (; m < p.num_targets; ++m) total += add_targets<1, V>(p, row, r, m, scale);
+    for (; m < p.num_targets; ++m) total += add_targets<1, V>(p, row, r, m, scale, keys);
     const double mean_fidelity = total / draws_by_targets;
 
     p.diversity[r] = static_cast<Wide>(mean_diversity);

@@ -14,7 +14,7 @@ namespace {
 
 // Rows of at most kLanes counters.
 void short_rows(const Noise<float>& p, int64_t begin, int64_t end) {
-  const uint64_t seed = static_cast<uint64_t>(*p.seed);
+  const Keys keys(static_cast<uint64_t>(*p.seed));
   int64_t i = begin, position = 0, draw = begin / p.num_rows, row = begin % p.num_rows;
   while (i < end) {
     uint64_t word[4][2][kLanes / 2] = {};
@@ -38,7 +38,7 @@ void short_rows(const Noise<float>& p, int64_t begin, int64_t end) {
     Counters counters;
     std::memcpy(&counters, word, sizeof word);
     Float value[4];
-    uniforms(counters, seed, value);
+    uniforms(counters, keys, value);
     if (p.normal) box_muller(value);
     float block[4][kLanes];
     for (int j = 0; j < 4; ++j) store(block[j], value[j]);
@@ -58,7 +58,7 @@ void noise_kernel(const Noise<T>& p, int64_t begin, int64_t end) {
   if constexpr (lanes<V> == kLanes) {
     if (p.length < kWidth) return short_rows(p, begin, end);
   }
-  const uint64_t seed = static_cast<uint64_t>(*p.seed);
+  const Keys keys(static_cast<uint64_t>(*p.seed));
   for (int64_t i = begin; i < end; ++i) {
     T* out = p.out + i * p.length;
     const uint32_t draw = static_cast<uint32_t>(i / p.num_rows);
@@ -66,11 +66,8 @@ void noise_kernel(const Noise<T>& p, int64_t begin, int64_t end) {
     for (int64_t l = 0; l < p.length; l += kWidth) {
       V value[4];
       T block[4][lanes<V>];
-      if (p.normal) {
-        normals(static_cast<uint32_t>(l / 4), p.stream, draw, row, seed, value);
-      } else {
-        uniforms(static_cast<uint32_t>(l / 4), p.stream, draw, row, seed, value);
-      }
+      uniforms(static_cast<uint32_t>(l / 4), p.stream, draw, row, keys, value);
+      if (p.normal) box_muller(value);
       for (int j = 0; j < 4; ++j) store(block[j], value[j]);
       if (l + kWidth <= p.length) {
         for (int i = 0; i < lanes<V>; ++i) {

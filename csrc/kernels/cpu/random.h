@@ -28,21 +28,35 @@ struct Counters {
   Pair word[4][2];
 };
 
+// The keys of all rounds, which depend on the seed alone.
+struct Keys {
+  uint64_t seed;
+  uint64_t word[10][2];
+
+  explicit Keys(uint64_t from) : seed(from) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (auto& round : word) {
+      round[0] = key0;
+      round[1] = key1;
+      key0 += kPhiloxWeyl0;
+      key1 += kPhiloxWeyl1;
+    }
+  }
+};
+
 // value[j] lane i is word j of counter i as a uniform.
-CALM_INLINE void uniforms(Counters c, uint64_t seed, Float (&value)[4]) {
+CALM_INLINE void uniforms(Counters c, const Keys& keys, Float (&value)[4]) {
   const Pair multiplier0 = splat<Pair>(uint64_t{kPhiloxMultiplier0});
   const Pair multiplier1 = splat<Pair>(uint64_t{kPhiloxMultiplier1});
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     for (int odd = 0; odd < 2; ++odd) {
       Pair p0 = multiply_low(c.word[0][odd], multiplier0), p1 = multiply_low(c.word[2][odd], multiplier1);
-      c.word[0][odd] = (p1 >> 32) ^ c.word[1][odd] ^ uint64_t { key0 };
+      c.word[0][odd] = (p1 >> 32) ^ c.word[1][odd] ^ keys.word[round][0];
       c.word[1][odd] = p1;
-      c.word[2][odd] = (p0 >> 32) ^ c.word[3][odd] ^ uint64_t { key1 };
+      c.word[2][odd] = (p0 >> 32) ^ c.word[3][odd] ^ keys.word[round][1];
       c.word[3][odd] = p0;
     }
-    key0 += kPhiloxWeyl0;
-    key1 += kPhiloxWeyl1;
   }
   for (int j = 0; j < 4; ++j) {
     value[j] = uniform(reinterpret_cast<Word>((c.word[j][0] & 0xffffffffu) | (c.word[j][1] << 32)));
@@ -50,7 +64,7 @@ CALM_INLINE void uniforms(Counters c, uint64_t seed, Float (&value)[4]) {
 }
 
 // The uniforms of groups group ... group + lanes - 1: value[j] lane i belongs to position 4 (group + i) + j.
-CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed,
+CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, const Keys& keys,
                           Float (&value)[4]) {
   const PhiloxWords first = philox_counter(group, stream, draw, row);
   Counters c;
@@ -58,11 +72,11 @@ CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_
     for (int i = 0; i < kLanes / 2; ++i) c.word[0][odd][i] = first.word[0] + static_cast<uint32_t>(2 * i + odd);
     for (int j = 1; j < 4; ++j) c.word[j][odd] = splat<Pair>(uint64_t{first.word[j]});
   }
-  uniforms(c, seed, value);
+  uniforms(c, keys, value);
 }
-CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed,
+CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, const Keys& keys,
                           double (&value)[4]) {
-  PhiloxWords words = philox(philox_counter(group, stream, draw, row), seed);
+  PhiloxWords words = philox(philox_counter(group, stream, draw, row), keys.seed);
   for (int j = 0; j < 4; ++j) value[j] = calm_rt::uniform(words.word[j]);
 }
 
@@ -70,18 +84,11 @@ CALM_INLINE void uniforms(uint32_t group, uint32_t stream, uint32_t draw, int64_
 template <class V>
 CALM_INLINE void box_muller(V (&value)[4]) {
   for (int pair = 0; pair < 4; pair += 2) {
-    V radius = square_root(-2.f * logarithm(value[pair] + kUniformStep)), sine, cosine;
+    V radius = quick_square_root(-2.f * logarithm(value[pair] + kUniformStep)), sine, cosine;
     sin_cos_turns(value[pair + 1], sine, cosine);
     value[pair] = radius * cosine;
     value[pair + 1] = radius * sine;
   }
-}
-
-// The normals of the same positions as those of `uniforms`.
-template <class V>
-CALM_INLINE void normals(uint32_t group, uint32_t stream, uint32_t draw, int64_t row, uint64_t seed, V (&value)[4]) {
-  uniforms(group, stream, draw, row, seed, value);
-  box_muller(value);
 }
 
 }  // namespace calm_rt::CALM_ISA

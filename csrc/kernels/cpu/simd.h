@@ -175,6 +175,22 @@ CALM_INLINE float sum(Float v) {
 }
 CALM_INLINE double sum(double v) { return v; }
 
+// Lane i is the sum of v[i]: in 4 kLanes instructions what takes several times as many one by one. Overwrites v.
+CALM_INLINE Float sums(Float (&v)[kLanes]) {
+  Int lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    const Int upper = (lane & half) != 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      const Float kept = select(upper, v[i + half], v[i]), given = select(upper, v[i], v[i + half]);
+      v[i] = kept + __builtin_shuffle(given, lane ^ half);
+    }
+  }
+  return v[0];
+}
+
 // a > b ? a : b, so b where one of them is NaN.
 CALM_INLINE Float larger(Float a, Float b) {
 #if defined(__AVX512F__)
@@ -209,6 +225,24 @@ CALM_INLINE Float square_root(Float x) {
 #endif
 }
 CALM_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
+// The same within 2 ulp for x = 0 or a normal x, in a quarter of the time: one Newton step from the estimate of
+// 1 / sqrt(x).
+CALM_INLINE Float quick_square_root(Float x) {
+#if defined(__AVX2__)
+  const Float positive = larger(x, splat<Float>(1e-30f));
+#if defined(__AVX512F__)
+  const Float estimate = reinterpret_cast<Float>(_mm512_rsqrt14_ps(reinterpret_cast<__m512>(positive)));
+#else
+  const Float estimate = reinterpret_cast<Float>(_mm256_rsqrt_ps(reinterpret_cast<__m256>(positive)));
+#endif
+  const Float root = x * estimate;
+  return root + root * (0.5f - root * (0.5f * estimate));
+#else
+  return square_root(x);
+#endif
+}
+CALM_INLINE double quick_square_root(double x) { return __builtin_sqrt(x); }
 
 // To the nearest integer, ties to even, for |x| < 2^22.
 CALM_INLINE Float round_to_even(Float x) {
