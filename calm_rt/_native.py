@@ -15,7 +15,6 @@ BACKENDS = ("auto", "native", "reference")
 # Ops that have no kernel yet and always run the reference. This must end empty.
 REFERENCE_ONLY = (
     "gated_mlp",
-    "sample_latents",
 )
 
 _backend = "auto"

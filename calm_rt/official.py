@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calm_rt import reference
-from calm_rt.reference import DecoderWeights, EncoderWeights
+from calm_rt.reference import DecoderWeights, EncoderWeights, HeadWeights
 
 
 def noise(
@@ -58,6 +58,14 @@ def encode(ids: Tensor, weights: EncoderWeights, *, eps: float = 1e-6) -> tuple[
 def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Tensor:
     """`Decoder.forward` and the argmax of `temperature_sampling`, with all logits."""
     return reference.decode(latents, weights, eps)
+
+
+def sample_latents(hidden: Tensor, weights: HeadWeights, *, num_samples: int, **_) -> Tensor:
+    """`MLPGenerator.sample` on every context num_samples times over, as its callers repeat them."""
+    repeated = hidden.repeat(num_samples, 1)  # [S R, H]
+    shape = 1, repeated.shape[0], weights.noise.weight.shape[1]
+    noise = torch.rand(shape, dtype=hidden.dtype, device=hidden.device) - 0.5
+    return reference.head_latents(repeated, noise, weights).view(num_samples, hidden.shape[0], -1)
 
 
 def select_patch(tokens: Tensor, *, n: int, **_) -> Tensor:

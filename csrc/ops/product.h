@@ -18,18 +18,26 @@ extern "C" AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTen
 
 namespace calm_rt {
 
-// A dense matrix of T in memory that somebody else owns.
+// A matrix of T in memory that somebody else owns.
 template <class T>
 struct Matrix {
   const T* data;
   int64_t rows, columns;
   bool transposed = false;  // lies in memory as [columns, rows]
+  int64_t stride = 0;       // from one row in memory to the next; 0: dense
 
-  Matrix operator~() const { return {data, columns, rows, !transposed}; }
+  Matrix operator~() const { return {data, columns, rows, !transposed, stride}; }
+
+  int64_t leading() const { return stride ? stride : transposed ? rows : columns; }
+
+  // Columns first ... first + count - 1.
+  Matrix part(int64_t first, int64_t count) const {
+    return {data + first * (transposed ? leading() : 1), rows, count, transposed, leading()};
+  }
 
   Tensor tensor(const Tensor& like) const {
     const std::array<int64_t, 2> sizes{rows, columns};
-    const std::array<int64_t, 2> strides{transposed ? 1 : columns, transposed ? rows : 1};
+    const std::array<int64_t, 2> strides{transposed ? 1 : leading(), transposed ? leading() : 1};
     return torch::stable::from_blob(const_cast<T*>(data), sizes, strides, like.device(), like.scalar_type());
   }
 };
