@@ -253,7 +253,7 @@ CASES = (
     _decode_case("R200-K4-H512-V128257", *DECODER_SIZES, benchmark=True),
     _decode_case("R200-K4-H512-V128257-bf16", *DECODER_SIZES, benchmark=True, dtype=torch.bfloat16),
     _sample_case(5, 16, 3),
-    _sample_case(1, 7, 1, 3, 1, 1),
+    _sample_case(1, 67, 1, 3, 1, 1),
     _sample_case(3, 13, 45, 5, 7, 3),  # several tiles, each of several draws
     _sample_case(50, 33, 2, 70, 9, 1),
     _sample_case(128, 512, 8, *HEAD_SIZES, benchmark=True, rounds=7),

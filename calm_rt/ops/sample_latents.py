@@ -110,9 +110,9 @@ def _backward(ctx, grad_latents, *_):
             "sample_latents: the kernel's gradient cannot be differentiated again; "
             'use calm_rt.backend("reference")'
         )
+    hidden, seed, rows, products, stream, contexts, *weights = ctx.saved_tensors
     grad_hidden, grad_weights = None, None
     if grad_latents is not None:
-        hidden, seed, rows, products, stream, contexts, *weights = ctx.saved_tensors
         need_grad_weights = any(ctx.needs_input_grad[1])
         grad_hidden, grad_weights = torch.ops.calm_rt.sample_latents_backward(
             grad_latents,
@@ -126,7 +126,7 @@ def _backward(ctx, grad_latents, *_):
             ctx.eps,
             need_grad_weights,
         )
-    return grad_hidden, grad_weights or None, None, None, None, None, None
+    return grad_hidden, grad_weights or [None] * len(weights), None, None, None, None, None
 
 
 def _fake_backward(
