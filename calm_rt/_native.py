@@ -14,7 +14,7 @@ from torch import Tensor
 BACKENDS = ("auto", "native", "reference")
 
 # Ops that have no kernel yet and always run the reference. This must end empty.
-REFERENCE_ONLY = ("sample_latents",)
+REFERENCE_ONLY: tuple[str, ...] = ()
 
 _backend = "auto"
 _load_error: str | None = None

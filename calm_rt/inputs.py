@@ -199,10 +199,13 @@ def model_pool(pools: int, candidates: int, patch: int, n: int) -> dict[str, Any
     return {**select_patch(pools, candidates, patch, n), "tokens": tokens}
 
 
-def sample_latents(rows: int, hidden: int, samples: int) -> dict[str, Any]:
+def sample_latents(
+    rows: int, hidden: int, samples: int, noise: int = 8, latent: int = 6, blocks: int = 2
+) -> dict[str, Any]:
     return dict(
         hidden=normal(1, rows, hidden),
-        weights=head(hidden, 8, 6, 2),
+        weights=head(hidden, noise, latent, blocks),
         num_samples=samples,
         seed=torch.tensor(3),
+        rows=torch.arange(rows) * 5 + (1 << 34),
     )

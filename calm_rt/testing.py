@@ -162,8 +162,23 @@ def _decode_case(name: str, *sizes: int, **options: Any) -> Case:
     )
 
 
+def _sample_case(
+    rows: int, hidden: int, samples: int, *sizes: int, trained: bool = True, **options: Any
+) -> Case:
+    """sizes: noise, latent, blocks."""
+    return Case(
+        "sample_latents",
+        f"R{rows}-H{hidden}-S{samples}",
+        lambda: inputs.sample_latents(rows, hidden, samples, *sizes),
+        gradients=("hidden", "weights") if trained else (),
+        row_dims={"hidden": 0, "rows": 0},
+        **options,
+    )
+
+
 ENCODER_SIZES = (2048, 8192, 512, 1280, 128, 4)  # the official layers on a vocabulary that fits
 DECODER_SIZES = (200, 128257, 512, 1280, 128, 4)  # the official decoder
+HEAD_SIZES = (64, 128, 3)  # the official noise and latent vectors
 
 CASES = (
     Case("noise", "normal", lambda: inputs.noise(3, 5, 70, "normal"), row_dims={"rows": 0}),
@@ -242,13 +257,14 @@ CASES = (
     _decode_case("R150-K2-H13", 150, 301, 13, 21, 5, 2),
     _decode_case("R200-K4-H512-V128257", *DECODER_SIZES, benchmark=True),
     _decode_case("R200-K4-H512-V128257-bf16", *DECODER_SIZES, benchmark=True, dtype=torch.bfloat16),
-    Case(
-        "sample_latents",
-        "R5-H16-S3",
-        lambda: inputs.sample_latents(5, 16, 3),
-        gradients=("hidden",),
-        row_dims={"hidden": 0},
-    ),
+    _sample_case(5, 16, 3),
+    _sample_case(1, 67, 1, 3, 1, 1),
+    _sample_case(3, 13, 45, 5, 7, 3),  # several tiles, each of several draws
+    _sample_case(50, 33, 2, 70, 9, 1),
+    _sample_case(128, 512, 8, *HEAD_SIZES, benchmark=True, rounds=7),
+    _sample_case(4, 512, 200, *HEAD_SIZES, benchmark=True, rounds=7, trained=False),
+    _sample_case(1, 512, 200, *HEAD_SIZES, benchmark=True, trained=False),
+    _sample_case(1, 512, 1, *HEAD_SIZES, benchmark=True, trained=False),
     _patch_case(4, 20, 2, 3),
     _patch_case(3, 1, 1, 2),
     _patch_case(2, 150, 5, 200),

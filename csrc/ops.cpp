@@ -16,6 +16,8 @@
 #include "ops/linear_argmax.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/noise.h"
+#include "ops/sample_latents.h"
+#include "ops/sample_latents_backward.h"
 #include "ops/select_patch.h"
 
 namespace calm_rt {
@@ -60,6 +62,14 @@ STABLE_TORCH_LIBRARY(calm_rt, m) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? scale, int ignore_index, "
       "int max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight) -> (Tensor total, Tensor loss, "
       "Tensor grad_hidden, Tensor grad_weight)");
+  m.def(
+      "sample_latents(Tensor hidden, Tensor[] weights, Tensor seed, Tensor rows, int num_samples, float eps, bool "
+      "keep) "
+      "-> (Tensor latents, Tensor products, Tensor stream, Tensor contexts)");
+  m.def(
+      "sample_latents_backward(Tensor grad_latents, Tensor hidden, Tensor[] weights, Tensor seed, Tensor rows, Tensor "
+      "products, Tensor stream, Tensor contexts, float eps, bool need_grad_weights) -> (Tensor grad_hidden, Tensor[] "
+      "grad_weights)");
   m.def("select_patch(Tensor tokens, Tensor seed, Tensor rows, int n) -> Tensor");
 }
 
@@ -77,6 +87,8 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt, CPU, m) {
   m.impl("gated_mlp_backward", TORCH_BOX(&calm_rt::gated_mlp_backward<calm_rt::Cpu>));
   m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cpu>));
   m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cpu>));
+  m.impl("sample_latents", TORCH_BOX(&calm_rt::sample_latents<calm_rt::Cpu>));
+  m.impl("sample_latents_backward", TORCH_BOX(&calm_rt::sample_latents_backward<calm_rt::Cpu>));
   m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cpu>));
 }
 
@@ -90,6 +102,8 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt, CUDA, m) {
   m.impl("gated_mlp_backward", TORCH_BOX(&calm_rt::gated_mlp_backward<calm_rt::Cuda>));
   m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cuda>));
   m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cuda>));
+  m.impl("sample_latents", TORCH_BOX(&calm_rt::sample_latents<calm_rt::Cuda>));
+  m.impl("sample_latents_backward", TORCH_BOX(&calm_rt::sample_latents_backward<calm_rt::Cuda>));
   m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cuda>));
 }
 #endif

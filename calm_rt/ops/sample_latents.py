@@ -1,6 +1,8 @@
 """The energy head: draws of the next latent vector."""
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from calm_rt import _native, reference
 from calm_rt.ops.check import (
@@ -11,7 +13,12 @@ from calm_rt.ops.check import (
     check_shape,
     seed_and_rows,
 )
-from calm_rt.reference import HeadWeights
+from calm_rt.reference import HEAD_EPS, HeadWeights
+
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def sample_latents(
@@ -25,11 +32,16 @@ def sample_latents(
     """num_samples draws of the next latent vector for every context.
 
     hidden: [R, H].
-    weights: of the energy head.
+    weights: of the energy head, in hidden's dtype.
     num_samples: S, at least 1.
     seed: an int, or [] int64 (under torch.compile and in CUDA graphs).
     rows: [R] int64, logical row ids, on which a row's noise depends; None for 0 .. R-1.
-    returns: [S, R, L].
+    returns: [S, R, L] in hidden's dtype; once differentiable in hidden and weights.
+    Memory: the context is never repeated or concatenated S times. With gradients every draw keeps
+        the products of each block, [4, H] in hidden's dtype, and its input, [H] in float32 for
+        16-bit types; activations are computed again in the backward.
+    Under torch.autocast hidden and weights are cast as F.linear casts them, and so is what returns;
+    the sum over the blocks stays in float32.
     Raises ValueError for other shapes, types or devices.
     Source: paper section 3.3, the official MLPGenerator.sample.
     """
@@ -39,5 +51,99 @@ def sample_latents(
     check_device(hidden.device, weights=weights.noise.weight)
     check(num_samples >= 1, "num_samples", "at least 1", num_samples)
     seed, rows = seed_and_rows(seed, rows, hidden.shape[0], hidden.device)
-    _native.reference_only("sample_latents")
-    return reference.sample_latents(hidden, weights, num_samples, seed, rows)
+    dtype, device = hidden.dtype, hidden.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        for weight, bias in _pairs(weights):
+            same = weight.ndim == 1 or weight.dtype == bias.dtype == dtype  # a norm, or a map
+            check(same, "weights", f"maps of hidden's {dtype}", (weight.dtype, bias.dtype))
+    if not _native.use_native("sample_latents", hidden, dtype, DTYPES):
+        return reference.sample_latents(hidden, weights, num_samples, seed, rows)
+    hidden, flat = hidden.to(dtype), _flat(weights, dtype)
+    keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (hidden, *flat))
+    return torch.ops.calm_rt.sample_latents(hidden, flat, seed, rows, num_samples, HEAD_EPS, keep)[0]
+
+
+def _pairs(weights: HeadWeights) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of every map and norm in the kernel's order."""
+    leaves = tree_leaves(weights)
+    return list(zip(leaves[::2], leaves[1::2], strict=True))
+
+
+def _flat(weights: HeadWeights, dtype: torch.dtype) -> list[Tensor]:
+    """The weights as the kernel's schema lists them, norms in the accumulation type."""
+    wide, flat = torch.promote_types(dtype, torch.float32), []
+    for weight, bias in _pairs(weights):
+        kind = wide if weight.ndim == 1 else dtype
+        flat += [weight.to(kind), bias.to(kind)]
+    return flat
+
+
+def _fake(hidden, weights, seed, rows, num_samples, eps, keep):
+    num_rows, size = hidden.shape
+    num_blocks, num_lines = (len(weights) - 14) // 10, num_samples * num_rows
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+
+    def planes(count, lines, dtype):
+        return hidden.new_empty((count, lines, size) if keep else (0,), dtype=dtype)
+
+    return (
+        hidden.new_empty(num_samples, num_rows, weights[-1].shape[0]),
+        planes(4 * num_blocks + 2, num_lines, hidden.dtype),
+        planes(num_blocks + 1, num_lines, wide),
+        planes(num_blocks + 2, num_rows, hidden.dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weights, seed, rows, _, ctx.eps, _ = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, seed, rows, *kept, *weights)
+
+
+def _backward(ctx, grad_latents, *_):
+    if torch.is_grad_enabled():  # create_graph=True: what was kept knows nothing of hidden
+        raise RuntimeError(
+            "sample_latents: the kernel's gradient cannot be differentiated again; "
+            'use calm_rt.backend("reference")'
+        )
+    hidden, seed, rows, products, stream, contexts, *weights = ctx.saved_tensors
+    grad_hidden, grad_weights = None, None
+    if grad_latents is not None:
+        need_grad_weights = any(ctx.needs_input_grad[1])
+        grad_hidden, grad_weights = torch.ops.calm_rt.sample_latents_backward(
+            grad_latents,
+            hidden,
+            weights,
+            seed,
+            rows,
+            products,
+            stream,
+            contexts,
+            ctx.eps,
+            need_grad_weights,
+        )
+    return grad_hidden, grad_weights or [None] * len(weights), None, None, None, None, None
+
+
+def _fake_backward(
+    grad_latents,
+    hidden,
+    weights,
+    seed,
+    rows,
+    products,
+    stream,
+    contexts,
+    eps,
+    need_grad_weights,
+):
+    grads = [weight.new_empty(weight.shape) for weight in weights] if need_grad_weights else []
+    return hidden.new_empty(hidden.shape), grads
+
+
+_native.register("sample_latents", _fake, _backward, _setup_context)
+_native.register("sample_latents_backward", _fake_backward)

@@ -71,6 +71,7 @@ int main() {
     calm_rt::check_gated_mlp();
     calm_rt::check_linear_argmax();
     calm_rt::check_linear_cross_entropy();
+    calm_rt::check_sample_latents();
     calm_rt::check_select_patch();
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());

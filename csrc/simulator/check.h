@@ -31,6 +31,7 @@ void check_gated_mlp();
 void check_linear_argmax();
 void check_linear_cross_entropy();
 void check_noise();
+void check_sample_latents();
 void check_select_patch();
 
 // ---- element types ----

@@ -9,6 +9,8 @@
 #include "ops/linear_argmax.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/noise.h"
+#include "ops/sample_latents.h"
+#include "ops/sample_latents_backward.h"
 #include "ops/select_patch.h"
 #include "simulator/simulator.h"
 
@@ -34,6 +36,14 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
       "energy_score(Tensor x, Tensor mean, Tensor log_std, Tensor seed, Tensor rows, int num_targets, float beta, "
       "bool need_grad_x, bool need_grad_target) -> (Tensor score, Tensor diversity, Tensor fidelity, Tensor grad_x, "
       "Tensor grad_mean, Tensor grad_log_std)");
+  m.def(
+      "sample_latents(Tensor hidden, Tensor[] weights, Tensor seed, Tensor rows, int num_samples, float eps, bool "
+      "keep) "
+      "-> (Tensor latents, Tensor products, Tensor stream, Tensor contexts)");
+  m.def(
+      "sample_latents_backward(Tensor grad_latents, Tensor hidden, Tensor[] weights, Tensor seed, Tensor rows, Tensor "
+      "products, Tensor stream, Tensor contexts, float eps, bool need_grad_weights) -> (Tensor grad_hidden, Tensor[] "
+      "grad_weights)");
   m.def("select_patch(Tensor tokens, Tensor seed, Tensor rows, int n) -> Tensor");
   m.def(
       "gated_mlp(Tensor x, Tensor norm_weight, Tensor gate, Tensor up, Tensor down, float eps, bool keep_products) -> "
@@ -60,6 +70,8 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CPU, m) {
   m.impl("energy_score", TORCH_BOX(&calm_rt::energy_score<calm_rt::Cuda>));
   m.impl("gated_mlp", TORCH_BOX(&calm_rt::gated_mlp<calm_rt::Cuda>));
   m.impl("gated_mlp_backward", TORCH_BOX(&calm_rt::gated_mlp_backward<calm_rt::Cuda>));
+  m.impl("sample_latents", TORCH_BOX(&calm_rt::sample_latents<calm_rt::Cuda>));
+  m.impl("sample_latents_backward", TORCH_BOX(&calm_rt::sample_latents_backward<calm_rt::Cuda>));
   m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cuda>));
   m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cuda>));
   m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cuda>));
