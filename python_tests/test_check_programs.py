@@ -78,6 +78,10 @@ def cross_entropy_bug(name: str, old: str, new: str, report: str, build: str = "
     return Bug(name, "linear_cross_entropy.cu", old, new, report, build)
 
 
+def head_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "sample_latents.cu", old, new, report, build)
+
+
 def mlp_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
     return Bug(name, "gated_mlp.cu", old, new, report, build)
 
@@ -107,11 +111,20 @@ MAXIMUM = "if (lane == 0) maxima[warp] = value;\n"
 KNOWN = "if (threadIdx.x == 0 && known)"
 TIE = "score == other.score && id < other.id"
 
+SUMS_WRITTEN = "partial[threadIdx.x] = sum;\n  __syncthreads();\n"
+SUMS_STILL_READ = "__syncthreads();  // the last call's sums have been read"
+VARIANCE = "rsqrtf(warp_sum(squares)"
 ROW_KNOWN = "static_cast<float>(p.size);\n  }\n  __syncthreads();\n"
 LAST_ROWS = "p.num_rows - first < kPartialRows"
 KNOWN_ID = "known && ids[j] >= 0 && ids[j] < p.vocabulary"
 
 BUGS = (
+    head_bug("sums-not-waited-for", SUMS_WRITTEN, SUMS_WRITTEN.replace(BARRIER, ""), RACE, "tsan"),
+    head_bug("sums-overwritten", SUMS_STILL_READ, "", RACE, "tsan"),
+    head_bug(
+        "beyond-the-line", "i + e < size ? run.value[e] - mean : 0", "run.value[e] - mean", WRONG
+    ),
+    head_bug("wrong-variance", VARIANCE, VARIANCE.replace("squares", "total"), WRONG),
     mlp_bug("rows-not-waited-for", ROW_KNOWN, ROW_KNOWN.replace(BARRIER, ""), RACE, "tsan"),
     mlp_bug("rows-beyond-the-last", LAST_ROWS, "false", "Sanitizer", "asan"),
     mlp_bug("one-term-of-two", "widen(p.grad_normal[1][element])", "0", WRONG),

@@ -62,7 +62,9 @@ def sample_latents(
         return reference.sample_latents(hidden, weights, num_samples, seed, rows)
     hidden, flat = hidden.to(dtype), _flat(weights, dtype)
     keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (hidden, *flat))
-    return torch.ops.calm_rt.sample_latents(hidden, flat, seed, rows, num_samples, HEAD_EPS, keep)[0]
+    return torch.ops.calm_rt.sample_latents(hidden, flat, seed, rows, num_samples, HEAD_EPS, keep)[
+        0
+    ]
 
 
 def _pairs(weights: HeadWeights) -> list[tuple[Tensor, Tensor]]:

@@ -1,0 +1,73 @@
+"""The energy head: the official formula on the same noise, any batch, the simulator."""
+
+import sys
+
+import pytest
+import torch
+from test_simulator import SCHEDULES, simulator  # noqa: F401  (a fixture)
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import calm_rt
+from calm_rt import inputs, official, ops, reference
+from calm_rt.reference import HEAD_EPS, Stream
+from calm_rt.testing import CASES
+
+LAW_CASES = [case for case in CASES if case.op == "sample_latents" and not case.benchmark]
+SEED = torch.tensor(3)
+
+
+def doubles(arguments: dict) -> dict:
+    return tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, arguments)
+
+
+def test_splitting_the_context_off_is_the_official_formula() -> None:
+    arguments = doubles(inputs.sample_latents(5, 16, 3))
+    size = arguments["weights"].noise.weight.shape[1]
+    noise = reference.noise(SEED, arguments["rows"], 3, size, Stream.HEAD, "uniform") - 0.5
+    with calm_rt.backend("native"):
+        latents = ops.sample_latents(**arguments)
+    expected = official.sample_latents(**arguments, noise=noise.double())
+    torch.testing.assert_close(latents, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_draws_belong_to_their_row(rows: int) -> None:
+    """In another batch a row has the same noise; its products round otherwise at most."""
+    arguments = inputs.sample_latents(100, 16, 3)
+    with calm_rt.backend("native"):
+        all_rows = ops.sample_latents(**arguments)
+        for name in ("hidden", "rows"):
+            arguments[name] = arguments[name][-rows:]
+        few = ops.sample_latents(**arguments)
+    torch.testing.assert_close(few, all_rows[:, -rows:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", LAW_CASES, ids=str)
+def test_simulated_sample_latents(simulator, case, dtype: torch.dtype) -> None:  # noqa: F811
+    """Draws and gradients miss no more than twice what the CPU's kernels miss, and a few eps."""
+    arguments = doubles(case.make(dtype))
+    hidden, weights = arguments["hidden"], arguments["weights"]
+    flat = sys.modules[ops.sample_latents.__module__]._flat(weights, dtype)
+    rows, num_samples = arguments["rows"], arguments["num_samples"]
+    runs, grad = [], None
+    for ops_of, schedule in [(torch.ops.calm_rt, 0), *((simulator, s) for s in SCHEDULES[1:])]:
+        simulator.set_schedule(schedule)
+        latents, *kept = ops_of.sample_latents(
+            hidden, flat, SEED, rows, num_samples, HEAD_EPS, True
+        )
+        grad = torch.linspace(0.5, 1.5, latents.numel()).view_as(latents).to(dtype)
+        grad_hidden, grad_weights = ops_of.sample_latents_backward(
+            grad, hidden, flat, SEED, rows, *kept, HEAD_EPS, True
+        )
+        runs.append([latents, grad_hidden, *grad_weights])
+    assert all(map(torch.equal, runs[1], runs[2]))
+    wide = tree_map(lambda value: value.double().requires_grad_(), (hidden, weights))
+    exact = reference.sample_latents(*wide, num_samples, SEED, rows)
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(wide)]
+    truth = [exact.detach(), *torch.autograd.grad(exact, leaves, grad.double())]
+    for native, simulated, value in zip(*runs[:2], truth, strict=True):
+        own = (native - value).abs().max()
+        few_eps = 4 * torch.finfo(simulated.dtype).eps * (value.abs() + 1)
+        assert ((simulated - value).abs() <= 2 * own + few_eps).all()
