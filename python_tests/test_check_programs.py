@@ -112,7 +112,6 @@ KNOWN = "if (threadIdx.x == 0 && known)"
 TIE = "score == other.score && id < other.id"
 
 SUMS_WRITTEN = "partial[threadIdx.x] = sum;\n  __syncthreads();\n"
-SUMS_STILL_READ = "__syncthreads();  // the last call's sums have been read"
 VARIANCE = "rsqrtf(warp_sum(squares)"
 ROW_KNOWN = "static_cast<float>(p.size);\n  }\n  __syncthreads();\n"
 LAST_ROWS = "p.num_rows - first < kPartialRows"
@@ -120,7 +119,6 @@ KNOWN_ID = "known && ids[j] >= 0 && ids[j] < p.vocabulary"
 
 BUGS = (
     head_bug("sums-not-waited-for", SUMS_WRITTEN, SUMS_WRITTEN.replace(BARRIER, ""), RACE, "tsan"),
-    head_bug("sums-overwritten", SUMS_STILL_READ, "", RACE, "tsan"),
     head_bug(
         "beyond-the-line", "i + e < size ? run.value[e] - mean : 0", "run.value[e] - mean", WRONG
     ),

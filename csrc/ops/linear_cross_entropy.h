@@ -23,9 +23,11 @@ int64_t vocabulary_block(int64_t vocabulary) {
 // The type that products are taken in: float where the library is slower with `type`.
 template <class Device>
 ScalarType product_type(ScalarType type) {
-  const bool slow =
-      (type == ScalarType::BFloat16 && !has_fast_bfloat16()) || (type == ScalarType::Half && !has_fast_half());
-  return std::is_same_v<Device, Cpu> && slow ? ScalarType::Float : type;
+  if constexpr (std::is_same_v<Device, Cpu>) {
+    if (type == ScalarType::BFloat16 && !has_fast_bfloat16()) return ScalarType::Float;
+    if (type == ScalarType::Half && !has_fast_half()) return ScalarType::Float;
+  }
+  return type;
 }
 
 // Rows of a chunk whose grad_hidden is one task. Each task takes the whole weight, and may have to widen it.

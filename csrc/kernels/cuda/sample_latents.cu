@@ -238,7 +238,8 @@ __global__ void __launch_bounds__(kThreads) bias_swiglu_backward_kernel(BiasSwiG
   });
 }
 
-// The sum of value(line, column) over all lines, known to the first warp, for the lanes' columns.
+// The sum of value(line, column) over all lines, known to the first warp, for the lanes' columns. Each
+// value's type has partial sums of its own, so that two calls need no barrier between them.
 template <class Value>
 __device__ __forceinline__ float sum_lines(int64_t num_lines, int64_t column, int64_t columns, const Value& value) {
   CALM_SHARED(float, partial, kThreads);
@@ -247,7 +248,6 @@ __device__ __forceinline__ float sum_lines(int64_t num_lines, int64_t column, in
   if (column < columns) {
     for (int64_t line = warp; line < num_lines; line += kWarps) sum += value(line, column);
   }
-  __syncthreads();  // the last call's sums have been read
   partial[threadIdx.x] = sum;
   __syncthreads();
   if (warp > 0) return 0;
@@ -255,41 +255,33 @@ __device__ __forceinline__ float sum_lines(int64_t num_lines, int64_t column, in
   return sum;
 }
 
-// Calls body(column) for this thread's columns, or for one beyond all of them: every thread comes to each call.
-template <class Body>
-__device__ __forceinline__ void each_column(int64_t columns, const Body& body) {
-  for (int64_t first = blockIdx.x * int64_t{kWarpSize}; first < columns;
-       first += static_cast<int64_t>(gridDim.x) * kWarpSize) {
-    body(first + threadIdx.x % kWarpSize);
-  }
-}
+// This thread's column, which may lie beyond all of them.
+__device__ __forceinline__ int64_t own_column() { return blockIdx.x * int64_t{kWarpSize} + threadIdx.x % kWarpSize; }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums<T> p) {
-  each_column(p.columns, [&](int64_t column) {
-    const float sum = sum_lines(p.num_lines, column, p.columns,
-                                [&](int64_t line, int64_t own) { return widen(p.x[line * p.columns + own]); });
-    if (threadIdx.x < kWarpSize && column < p.columns) narrow(sum, p.out[column]);
-  });
+  const int64_t column = own_column();
+  const float sum = sum_lines(p.num_lines, column, p.columns,
+                              [&](int64_t line, int64_t own) { return widen(p.x[line * p.columns + own]); });
+  if (threadIdx.x < kWarpSize && column < p.columns) narrow(sum, p.out[column]);
 }
 
 template <class T, class Grad>
 __global__ void __launch_bounds__(kThreads) norm_gradients_kernel(NormGradients<T, Grad> p) {
-  each_column(p.size, [&](int64_t column) {
-    const float weight = sum_lines(p.num_lines, column, p.size, [&](int64_t line, int64_t own) {
-      const int64_t i = line * p.size + own;
-      float value = p.input.x ? p.input.x[i] : 0;
-      if (p.input.product) value += widen(p.input.product[i]);
-      if (p.input.bias) value += widen(p.input.bias[own]);
-      return widen(p.grad[i]) * ((value - p.statistics[2 * line]) * p.statistics[2 * line + 1]);
-    });
-    const float bias = sum_lines(p.num_lines, column, p.size,
-                                 [&](int64_t line, int64_t own) { return widen(p.grad[line * p.size + own]); });
-    if (threadIdx.x < kWarpSize && column < p.size) {
-      p.weight[column] = weight;
-      p.bias[column] = bias;
-    }
+  const int64_t column = own_column();
+  const float weight = sum_lines(p.num_lines, column, p.size, [&](int64_t line, int64_t own) {
+    const int64_t i = line * p.size + own;
+    float value = p.input.x ? p.input.x[i] : 0;
+    if (p.input.product) value += widen(p.input.product[i]);
+    if (p.input.bias) value += widen(p.input.bias[own]);
+    return widen(p.grad[i]) * ((value - p.statistics[2 * line]) * p.statistics[2 * line + 1]);
   });
+  const float bias = sum_lines(p.num_lines, column, p.size,
+                               [&](int64_t line, int64_t own) { return widen(p.grad[line * p.size + own]); });
+  if (threadIdx.x < kWarpSize && column < p.size) {
+    p.weight[column] = weight;
+    p.bias[column] = bias;
+  }
 }
 
 // Whether every tensor of lines of `size` can be read and written as packs of eight.
@@ -364,14 +356,14 @@ void launch(Cuda device, const BiasSwiGluBackward<T>& p) {
 template <class T>
 void launch(Cuda device, const ColumnSums<T>& p) {
   if (p.columns == 0) return;
-  launch_kernel("column_sums_kernel", column_sums_kernel<T>, grid_size(p.columns, kWarpSize, kMaxBlocks), kThreads,
+  launch_kernel("column_sums_kernel", column_sums_kernel<T>, grid_size(p.columns, kWarpSize, INT32_MAX), kThreads,
                 device, p);
 }
 
 template <class T, class Grad>
 void launch(Cuda device, const NormGradients<T, Grad>& p) {
   if (p.size == 0) return;
-  launch_kernel("norm_gradients_kernel", norm_gradients_kernel<T, Grad>, grid_size(p.size, kWarpSize, kMaxBlocks),
+  launch_kernel("norm_gradients_kernel", norm_gradients_kernel<T, Grad>, grid_size(p.size, kWarpSize, INT32_MAX),
                 kThreads, device, p);
 }
 
