@@ -112,7 +112,7 @@ BUGS = (
         "signed-overflow",
         "select_patch.cpp",
         WORD,
-        WORD.replace("*p.seed", "*p.seed * 3"),
+        WORD.replace("*p.seed", "(*p.seed | int64_t{1} << 62) * 3"),
         "signed integer overflow",
         "select_patch",
     ),
