@@ -6,13 +6,16 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 export PATH := $(BIN):$(PATH)
 
-.PHONY: quickstart test lint bench sanitize wheels install simulator format clean
+.PHONY: quickstart test fuzz lint bench sanitize sanitized wheels install simulator format clean
 
 quickstart: install  ## train an autoencoder and a CALM on real text, then write with it
 	calm-rt quickstart
 
 test: install simulator  ## the laws, the models, the pipeline
 	python -m pytest
+
+fuzz: install  ## 2,000 drawn calls of every op instead of 100
+	python -m pytest python_tests/test_fuzz.py --hypothesis-profile=fuzz
 
 lint: $(VENV)/.lint  ## style of Python and C++
 	ruff check .
@@ -27,7 +30,7 @@ format: $(VENV)/.lint
 bench: install  ## official, compiled and native side by side
 	python -m pytest benchmarks --benchmark-columns=median,min,stddev
 
-sanitize: install simulator  ## CUDA kernels under AddressSanitizer and ThreadSanitizer, planted bugs
+sanitize: install simulator sanitized  ## all kernels under sanitizers, planted bugs
 	python -m pytest -m sanitize
 
 wheels: install  ## build one wheel and run it in other torches and Pythons
@@ -39,6 +42,10 @@ install: $(VENV)/.installed
 simulator: install  ## the CUDA kernels as a CPU module
 	cmake -S csrc/simulator -B build/simulator -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(BIN)/python > build/simulator.log
 	cmake --build build/simulator >> build/simulator.log || (tail -n 40 build/simulator.log; false)
+
+sanitized: install  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release -DCALM_RT_SANITIZE=ON -DCALM_RT_CUDA=OFF -DPython_EXECUTABLE=$(BIN)/python > build/sanitize.log
+	cmake --build build/sanitize >> build/sanitize.log || (tail -n 40 build/sanitize.log; false)
 
 clean:
 	rm -rf build dist calm_rt/*.so calm_rt.egg-info

@@ -95,14 +95,27 @@ def check_floats(
 
 
 def terms(case: Case, exact: dict, truth: list[Tensor]) -> list[Tensor]:
-    """The sums of absolute terms; of a gradient that nobody gives them for, its largest element."""
+    """The sums of absolute terms; for gradients the largest of a row, as one of its elements may be
+    the rounded difference of two that are much larger. Where the case has no formula, of the values
+    themselves: 1 more than an output, the largest of a gradient.
+    """
     if case.magnitudes is None:
         return [value.abs() + 1 for value in truth]
     known = case.magnitudes(exact)[: len(truth)]
-    others = truth[len(known) :]
-    return known + [
-        value.abs().amax().expand_as(value) if value.numel() else value for value in others
+    num_outputs = len(truth) - len(case.leaves(exact))
+    outputs = [
+        torch.maximum(magnitude, value.abs())
+        for magnitude, value in zip(known[:num_outputs], truth, strict=False)
     ]
+    rows = [
+        value.amax(-1, keepdim=True).expand_as(value) if value.numel() else value
+        for value in known[num_outputs:]
+    ]
+    others = [
+        value.abs().amax().expand_as(value) if value.numel() else value
+        for value in truth[len(known) :]
+    ]
+    return outputs + rows + others
 
 
 def reference_errors(trial: Trial) -> list[float]:
@@ -124,7 +137,7 @@ def alike(trial: Trial) -> list[Trial]:
     others = [trial]
     if trial.dtype == torch.float64:  # float32 may overflow
         others.append(replace(trial, values=replace(trial.values, leaves=0)))
-    if trial.op in CHAINS:  # whose few numbers may come out right by chance
+    if trial.op in CHAINS or trial.dtype == torch.float64:  # few numbers may be right by chance
         seeds = range(trial.values.seed + 1, trial.values.seed + 4)
         others += [replace(trial, values=replace(trial.values, seed=seed)) for seed in seeds]
     return others
@@ -161,7 +174,7 @@ def check_ids(case: Case, trial: Trial, exact: dict, ids: Tensor, chosen: Tensor
         return (below / magnitudes.amax(-1))[finite].nan_to_num()  # 0 / 0 where all scores are 0
 
     assert ((ids >= 0) & (ids < scores.shape[-1])).all()
-    if finite.any():
+    if finite.any() and not (case.op in CHAINS and trial.values.leaves):
         few = 4 if case.op in CHAINS else 1  # the steps before the scores are rounded too
         allowed = 2 * missed(chosen).max() + few * torch.finfo(trial.dtype).eps
         assert missed(ids).max() <= allowed
@@ -193,15 +206,36 @@ def test_laws_on_drawn_arguments(op: str, data: st.DataObject) -> None:
         assert output.shape == truth[index].shape
         if output.is_floating_point():
             gradient = index >= num_outputs
-            rounding = worst[index]
-            if chain and not gradient:  # one of few numbers may come out right by chance
-                rounding = max(worst[:num_outputs])
-            if chain and trial.values.leaves and (gradient or trial.dtype == torch.float64):
-                rounding = torch.inf  # nothing says how much it grows there: only the places count
+            rounding = worst[index] if gradient or not chain else max(worst[:num_outputs])
+            if grows_beyond_measure(trial, gradient):
+                rounding = torch.inf  # only the places of what is not finite count
+            if gradient and logits_are_rounding(trial, magnitudes[0]):
+                nans = output.isnan()
+                assert ((nans == reference[index].isnan()) | (nans == truth[index].isnan())).all()
+                continue
             values = output, truth[index], reference[index], magnitudes[index]
             check_floats(*values, rounding, gradient, chain)
         else:
             check_ids(case, trial, exact, output, reference[index], truth[index])
+
+
+def grows_beyond_measure(trial: Trial, gradient: bool) -> bool:
+    """Whether rounding grows by what neither magnitudes nor the reference's own error tell."""
+    if trial.op not in CHAINS:
+        return False
+    extreme = bool(trial.values.leaves)
+    # multiples of 1/2 are weights so large that the layers are steep
+    return (gradient and (extreme or trial.values.whole)) or (
+        trial.dtype == torch.float64 and extreme
+    )
+
+
+def logits_are_rounding(trial: Trial, loss_magnitude: Tensor) -> bool:
+    """Whether rounding alone decides which logits the softmax takes, as for some beyond 1 / eps."""
+    if trial.op != "linear_cross_entropy":
+        return False
+    largest = float(loss_magnitude.nan_to_num(nan=torch.inf).max())
+    return largest * torch.finfo(trial.dtype).eps > 0.1
 
 
 def wild_ids(generator: torch.Generator, count: int, vocabulary: int) -> Tensor:
@@ -236,3 +270,12 @@ def test_ids_of_no_token_make_their_rows_nan(op: str, ids: str, data: st.DataObj
     for output, clean in zip(outputs, expected, strict=True):
         assert output[rows].isnan().all()
         assert identical(output[~rows], clean[~rows])
+
+
+def test_mean_over_nothing_has_gradient_zero() -> None:
+    """As in torch, whose loss is NaN then too."""
+    hidden, weight = torch.ones(3, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+    with calm_rt.backend("native"):
+        loss = ops.linear_cross_entropy(hidden, weight, torch.full((3,), -100))
+    for gradient in torch.autograd.grad(loss, (hidden, weight)):
+        assert (gradient == 0).all()

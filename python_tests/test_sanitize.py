@@ -110,11 +110,11 @@ BUGS = (
     ),
     Bug(
         "signed-overflow",
-        "noise.cpp",
+        "select_patch.cpp",
         WORD,
-        WORD.replace("*p.seed", "*p.seed * 3"),
+        WORD.replace("*p.seed", "(*p.seed | int64_t{1} << 62) * 3"),
         "signed integer overflow",
-        "noise",
+        "select_patch",
     ),
 )
 
