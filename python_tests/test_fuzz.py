@@ -97,12 +97,15 @@ def check_floats(
 def terms(case: Case, exact: dict, truth: list[Tensor]) -> list[Tensor]:
     """The sums of absolute terms; for gradients the largest of a row, as one of its elements may be
     the rounded difference of two that are much larger. Where the case has no formula, of the values
-    themselves: 1 more than an output, the largest of a gradient.
+    themselves: 1 more than an output, or than the largest of a gradient.
     """
-    if case.magnitudes is None:
-        return [value.abs() + 1 for value in truth]
-    known = case.magnitudes(exact)[: len(truth)]
     num_outputs = len(truth) - len(case.leaves(exact))
+    if case.magnitudes is None:
+        return [value.abs() + 1 for value in truth[:num_outputs]] + [
+            value.abs().amax().expand_as(value) + 1 if value.numel() else value
+            for value in truth[num_outputs:]
+        ]
+    known = case.magnitudes(exact)[: len(truth)]
     outputs = [
         torch.maximum(magnitude, value.abs())
         for magnitude, value in zip(known[:num_outputs], truth, strict=False)
