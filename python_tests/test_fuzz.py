@@ -23,7 +23,14 @@ from calm_rt.testing import CASES, Case
 
 KERNEL_OPS = [op for op in ops.__all__ if op not in _native.REFERENCE_ONLY]
 
-fuzz = settings(deadline=None, suppress_health_check=list(HealthCheck))
+# `make test` tries the same examples every time, `make fuzz` others
+fixed = settings.get_current_profile_name() != "fuzz"
+fuzz = settings(
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=fixed,
+    database=None if fixed else settings.default.database,
+)
 
 
 def all_trials(op: str) -> st.SearchStrategy[Trial]:
