@@ -125,12 +125,6 @@ def use_native(op: str, tensor: Tensor, dtype: torch.dtype, dtypes: dict[str, tu
     return reason is None
 
 
-def reference_only(op: str) -> None:
-    """Raise under backend("native"): the op has no kernel to run yet."""
-    if _backend == "native":
-        raise NativeUnavailable(f'{op}: backend("native") is chosen, but {op} has no kernel yet')
-
-
 class backend:
     """How ops run: "auto" (kernels where they exist), "native" (never fall back), "reference".
 
