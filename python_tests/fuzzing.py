@@ -176,7 +176,12 @@ def encode_magnitudes(arguments: dict[str, Any]) -> list[Tensor]:
     return list(terms.detach().chunk(2, -1))
 
 
-CHAINS = ("gated_mlp", "encode", "decode")  # of products, rounded to the inputs' type in between
+CHAINS = (
+    "gated_mlp",
+    "encode",
+    "decode",
+    "sample_latents",
+)  # of products, rounded to the inputs' type in between
 MAGNITUDES = {"gated_mlp": gated_mlp_magnitudes, "encode": encode_magnitudes}
 
 
@@ -220,8 +225,8 @@ MAKERS: dict[str, dict[str, st.SearchStrategy[tuple]]] = {
     "decode": {
         "decode": sizes(size(0, 5, 17, 70), size(1, 70, 2049), *MLP_SIZES, size(1, 9), size(1, 5))
     },
-    # the gradient behind a norm of two or three numbers is a difference of almost equal terms
-    "sample_latents": {"sample_latents": sizes(ROWS, size(4, 40), size(1, 5))},
+    # the gradient behind a norm of a few numbers is a difference of almost equal terms
+    "sample_latents": {"sample_latents": sizes(ROWS, size(8, 40, 70), size(1, 5))},
     "select_patch": {
         "select_patch": sizes(
             ROWS, size(1, 70, 200), size(0, 5), st.integers(1, 9) | st.just(2**40)
