@@ -19,7 +19,7 @@ def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
     weight: [V, H], V at least 1.
     returns: [R] int64; no gradient. The kernel's ids are those of exact arithmetic on the inputs
         on every device, the reference's those of a product rounded to the inputs' type.
-    Memory: no [R, V] logits; a block of scores, 8 MB on the CPU.
+    Memory: no [R, V] logits; on the CPU no score at all, [R, H] of 8-bit numbers, on a GPU a block.
     Raises ValueError for other shapes, types or devices.
     Source: the argmax in the official CALM.temperature_sampling.
     """
