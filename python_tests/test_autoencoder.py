@@ -85,6 +85,17 @@ def test_unknown_ids_are_named(backend: str, wrong: int) -> None:
             ops.encode(**arguments)
 
 
+def test_nothing_to_gather_or_to_choose_from_is_an_error() -> None:
+    arguments = inputs.folded_encode(2, 9, 8, 12, 3, 2)
+    arguments["ids"] = arguments["ids"][:, :0]
+    with pytest.raises(ValueError, match="ids: expected at least one token a patch, got 0"):
+        ops.encode(**arguments)
+    arguments = inputs.decode(2, 9, 8, 12, 3, 2)
+    empty = arguments["weights"]._replace(vocabulary=torch.empty(0, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"weights.vocabulary: expected V and H of 1 or more"):
+        ops.decode(arguments["latents"], empty)
+
+
 def test_autocast_takes_the_products_in_its_type() -> None:
     arguments = next(case for case in CASES if case.op == "decode").make()
     with calm_rt.backend("native"), torch.autocast("cpu", torch.bfloat16):

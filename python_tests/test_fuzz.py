@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fuzzing import CHAINS, MAKERS, Trial, trials
+from fuzzing import CHAINS, MAKERS, Trial, is_float, trials
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_ops import cast, kernel_dtypes, run
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import calm_rt
 from calm_rt import _native, ops
@@ -66,6 +66,13 @@ def kind(values: Tensor) -> Tensor:
     return torch.where(values.isnan(), 2, values.isinf() * values.sign().nan_to_num()).int()
 
 
+def largest(arguments: dict) -> float:
+    """The largest finite number in the arguments, at least 1."""
+    leaves = [leaf for leaf in tree_leaves(arguments) if is_float(leaf) and leaf.numel()]
+    finite = [leaf.detach().double().nan_to_num(0, 0, 0).abs().max() for leaf in leaves]
+    return max([1.0, *map(float, finite)])
+
+
 def identical(a: Tensor, b: Tensor) -> bool:
     """Bit for bit, any NaN being like any other."""
     same = (a == b) & (a.signbit() == b.signbit()) if a.is_floating_point() else a == b
@@ -80,12 +87,14 @@ def check_floats(
     rounding: float,
     gradient: bool,
     chain: bool,
+    largest: float,
 ) -> None:
     """Law 1 per element, in proportion to its magnitude.
 
     rounding: the reference's worst error in proportion to its magnitude, in ours' type.
     gradient: what is not finite may be infinite or NaN, as the formula for it has it.
     chain: what stands between the steps is rounded to ours' type.
+    largest: of the arguments, with which a factor below the normal numbers may be multiplied.
     """
     kinds = kind(ours)
     rounded = truth.to(ours.dtype)
@@ -101,7 +110,7 @@ def check_floats(
     few_eps = few * torch.finfo(stored if chain else wide).eps
     allowed = (2 * rounding + few_eps) * magnitude.nan_to_num(nan=torch.inf)
     own = torch.finfo(stored)
-    allowed = allowed + 4 * own.smallest_normal * own.eps  # the step of subnormal numbers
+    allowed = allowed + 4 * largest * own.smallest_normal * own.eps  # a step of subnormal numbers
     if stored != wide:
         allowed = allowed + own.eps * truth.abs()
     error = (ours.double() - truth).abs()
@@ -234,7 +243,7 @@ def test_laws_on_drawn_arguments(op: str, data: st.DataObject) -> None:
                 assert ((nans == reference[index].isnan()) | (nans == truth[index].isnan())).all()
                 continue
             values = output, truth[index], reference[index], magnitudes[index]
-            check_floats(*values, rounding, gradient, chain)
+            check_floats(*values, rounding, gradient, chain, largest(arguments))
         else:
             check_ids(case, trial, exact, output, reference[index], truth[index])
 

@@ -83,6 +83,7 @@ def check_mlp(name: str, weights: MlpWeights, hidden_size: int) -> None:
 
 def check_encoder(weights: EncoderWeights | FoldedEncoderWeights, patch_size: int) -> None:
     """Raises ValueError unless these are an encoder's weights for `patch_size` tokens."""
+    check(patch_size >= 1, "ids", "at least one token a patch", patch_size)
     if isinstance(weights, FoldedEncoderWeights):
         check_shape("weights.tables", weights.tables, K=patch_size, V=None, H=None)
         hidden_size = weights.tables.shape[2]
@@ -103,6 +104,8 @@ def check_encoder(weights: EncoderWeights | FoldedEncoderWeights, patch_size: in
 def check_decoder(weights: DecoderWeights, latent_size: int) -> None:
     """Raises ValueError unless these are a decoder's weights for `latent_size` numbers."""
     check_shape("weights.vocabulary", weights.vocabulary, V=None, H=None)
+    some = weights.vocabulary.numel() > 0
+    check(some, "weights.vocabulary", "V and H of 1 or more", list(weights.vocabulary.shape))
     hidden_size = weights.vocabulary.shape[1]
     check_linear("weights.latent", weights.latent, hidden_size, latent_size)
     for layer in weights.patch_layers:

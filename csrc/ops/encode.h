@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor> encode(const Tensor& ids, const Tensor& tables, std::
                                   std::optional<Tensor> squeeze, std::optional<Tensor> squeeze_bias,
                                   std::vector<Tensor> patch_layers, const Tensor& norm, const Tensor& latent,
                                   const Tensor& latent_bias, double eps) {
-  STD_TORCH_CHECK(ids.dim() == 2 && ids.scalar_type() == ScalarType::Long, "encode: ids must be [R, K] int64");
+  STD_TORCH_CHECK(ids.dim() == 2 && ids.size(1) > 0 && ids.scalar_type() == ScalarType::Long,
+                  "encode: ids must be [R, K] int64 with K > 0");
   const bool folded = !squeeze.has_value();
   const int64_t num_rows = ids.size(0), patch = ids.size(1), size = norm.numel(), latent_size = latent.size(0) / 2;
   STD_TORCH_CHECK(folded ? tables.dim() == 3 && tables.size(0) == patch && tables.size(2) == size
