@@ -13,11 +13,11 @@ import pytest
 from test_simulator import ROOT, built
 
 
-def run_check(program: Path) -> subprocess.CompletedProcess:
+def run_check(program: Path, *kernels: str) -> subprocess.CompletedProcess:
     # ThreadSanitizer of GCC 12 and 13 stops where addresses are randomised by more bits
     prefix = ["setarch", "-R"] if "tsan" in program.name and randomised_beyond_tsan() else []
     return subprocess.run(
-        [*prefix, program], capture_output=True, text=True, timeout=120, check=False
+        [*prefix, program, *kernels], capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -253,7 +253,7 @@ def test_planted_bug_is_found(bug: Bug, tmp_path: Path) -> None:
     )
     # the mutant comes first, so that the archives give everything but what it defines
     subprocess.run([compiler, *sanitize, mutant, *archives, "-o", program], check=True)
-    result = run_check(program)
+    result = run_check(program, Path(bug.kernel()).stem)
     assert result.returncode != 0 and bug.report in result.stdout + result.stderr, (
         result.stdout + result.stderr
     )

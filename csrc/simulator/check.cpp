@@ -63,20 +63,33 @@ void check_noise() {
 
 }  // namespace calm_rt
 
-int main() {
+// Checks the kernel files that are named, or all of them.
+int main(int argc, char** argv) {
+  using namespace calm_rt;
+  const struct {
+    const char* name;
+    void (*check)();
+  } kernels[] = {
+      {"encode", check_encode},
+      {"energy_score", check_energy_score},
+      {"gated_mlp", check_gated_mlp},
+      {"linear_argmax", check_linear_argmax},
+      {"linear_cross_entropy", check_linear_cross_entropy},
+      {"noise", check_noise},
+      {"sample_latents", check_sample_latents},
+      {"select_patch", check_select_patch},
+  };
+  int checked = 0;
   try {
-    calm_rt::check_noise();
-    calm_rt::check_encode();
-    calm_rt::check_energy_score();
-    calm_rt::check_gated_mlp();
-    calm_rt::check_linear_argmax();
-    calm_rt::check_linear_cross_entropy();
-    calm_rt::check_sample_latents();
-    calm_rt::check_select_patch();
+    for (const auto& kernel : kernels) {
+      bool wanted = argc == 1;
+      for (int i = 1; i < argc; ++i) wanted |= std::strcmp(argv[i], kernel.name) == 0;
+      if (wanted) kernel.check(), ++checked;
+    }
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;
   }
-  std::printf("%d mismatches\n", calm_rt::mismatches);
-  return calm_rt::mismatches != 0;
+  std::printf("%d mismatches in %d checks\n", calm_rt::mismatches, checked);
+  return calm_rt::mismatches != 0 || checked == 0;
 }

@@ -67,11 +67,13 @@ void check_norm(int64_t rows, int64_t size, const char* kernel) {
     for (int64_t i = r * size; i < (r + 1) * size; ++i) total += value(i);
     return total / static_cast<double>(size);
   };
-  const auto inverse = [&](int64_t r) {
-    return 1 / std::sqrt(row_mean(r, [&](int64_t i) { return double{widen(x[i])} * widen(x[i]); }) + kEps);
-  };
-  const auto normal = [&](int64_t i) { return widen(x[i]) * inverse(i / size); };
   const auto grad = [&](int64_t i) { return double{widen(grad_a[i])} + widen(grad_b[i]); };
+  std::vector<double> inverse(rows), turn(rows);  // 1 / rms, and the mean of weight * gradient * normal
+  const auto normal = [&](int64_t i) { return widen(x[i]) * inverse[i / size]; };
+  for (int64_t r = 0; r < rows; ++r) {
+    inverse[r] = 1 / std::sqrt(row_mean(r, [&](int64_t i) { return double{widen(x[i])} * widen(x[i]); }) + kEps);
+    turn[r] = row_mean(r, [&](int64_t i) { return weight[i % size] * grad(i) * normal(i); });
+  }
   std::vector<X> first_x;
   std::vector<float> first_weight;
   for (uint32_t schedule = 0; schedule < kSchedules; ++schedule) {
@@ -102,8 +104,7 @@ void check_norm(int64_t rows, int64_t size, const char* kernel) {
     });
     check_values(grad_x, "grad_x", kernel, size == 1 ? most : 32, [&](int64_t i) {
       const int64_t r = i / size;
-      const double mean = row_mean(r, [&](int64_t j) { return weight[j % size] * grad(j) * normal(j); });
-      return widen(grad_out[i]) + inverse(r) * (weight[i % size] * grad(i) - normal(i) * mean);
+      return widen(grad_out[i]) + inverse[r] * (weight[i % size] * grad(i) - normal(i) * turn[r]);
     });
   }
 }
