@@ -76,10 +76,10 @@ CALM_INLINE void round_entry(const T* weight, int64_t size, int64_t padded_size,
     std::memcpy(panel.row + k, &narrow, sizeof narrow);
   });
   for (int64_t k = (size + kLanes - 1) / kLanes * kLanes; k < padded_size; ++k) panel.row[k] = 0;
-  int32_t digit_sum = 0;
-  for (int i = 0; i < kLanes; ++i) digit_sum += digits[i];
   const float length = sum(squares);
   const bool odd = !(most <= kLargest && length <= kLargest);
+  int32_t digit_sum = 0;  // of numbers that mean something
+  for (int i = 0; i < kLanes && !odd; ++i) digit_sum += digits[i];
   // the sums' own rounding, and that of u
   const float sum_slack = 1 + static_cast<float>(size) * static_cast<float>(kAdditions);
   const float root = __builtin_sqrtf(static_cast<float>(size));
