@@ -5,6 +5,7 @@ Python files beside that extension runs the fuzz tests in a process that loads t
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,10 +97,11 @@ class Bug:
 
 KNOWN = "known &= ids[j] >= 0 && ids[j] < p.vocabulary"
 WHOLE_VECTOR = "for (; l + lanes<V> <= p.size; l += lanes<V>) {"
+WILD = "AddressSanitizer|signed integer overflow"  # of what lies at an id, or of where that is
 WORD = "static_cast<uint64_t>(*p.seed)"
 
 BUGS = (
-    Bug("any-id-is-known", "encode.cpp", KNOWN, "known &= true", "AddressSanitizer", "encode"),
+    Bug("any-id-is-known", "encode.cpp", KNOWN, "known &= true", WILD, "encode"),
     Bug(
         "read-past-row",
         "encode.cpp",
@@ -150,6 +152,6 @@ def test_planted_bug_is_found(bug: Bug, tmp_path: Path) -> None:
     built()
     link_package(tmp_path, build_with(bug, tmp_path))
     result = run_tests(tmp_path, "test_fuzz.py", "-k", bug.op)
-    assert result.returncode != 0 and bug.report in result.stdout + result.stderr, (
+    assert result.returncode != 0 and re.search(bug.report, result.stdout + result.stderr), (
         result.stdout[-4000:] + result.stderr[-4000:]
     )
