@@ -85,16 +85,15 @@ def test_empty_pool(model, hidden, temperature, wrong):
 def test_temperature_one_is_one_decoded_draw(model, hidden):
     latents = model.sample(hidden, 1, 5, ROWS)[0]
     expected = model.ae_model.logits(latents).argmax(-1)
-    assert torch.equal(sample_patches(model, hidden, seed=5, rows=ROWS), expected)
+    assert torch.equal(sample_patches(model, hidden, seed=5, rows=ROWS).patches, expected)
 
 
 @pytest.mark.parametrize(("temperature", "n"), [("1/2", 2), (1 / 3, 3), (0, 40)])
 def test_below_one_algorithm_2_votes_in_the_pool(model, hidden, temperature, n):
     pool = model.ae_model.logits(model.sample(hidden, 40, 5, ROWS)).argmax(-1)  # [S, B, K]
     u = reference.noise(torch.tensor(5), ROWS, 1, 1, Stream.CHOICE, "uniform", torch.float64)
-    got = sample_patches(
-        model, hidden, temperature=temperature, num_candidates=40, seed=5, rows=ROWS
-    )
+    options = {"temperature": temperature, "num_candidates": 40, "seed": 5}
+    got = sample_patches(model, hidden, rows=ROWS, **options).patches
     for row in range(len(ROWS)):
         patches = [tuple(patch) for patch in pool[:, row].tolist()]
         counts = {patch: patches.count(patch) for patch in patches}  # in order of occurrence
@@ -106,7 +105,8 @@ def test_below_one_algorithm_2_votes_in_the_pool(model, hidden, temperature, n):
 
 def test_zero_takes_a_most_frequent_patch(model, hidden):
     pool = model.ae_model.decode(model.sample(hidden, 60, 9, ROWS))
-    got = sample_patches(model, hidden, temperature=0, num_candidates=60, seed=9, rows=ROWS)
+    options = {"temperature": 0, "num_candidates": 60, "seed": 9}
+    got = sample_patches(model, hidden, rows=ROWS, **options).patches
     for row in range(len(ROWS)):
         patches, counts = pool[:, row].unique(dim=0, return_counts=True)
         assert got[row].tolist() in patches[counts == counts.max()].tolist()
@@ -115,31 +115,31 @@ def test_zero_takes_a_most_frequent_patch(model, hidden):
 def test_lower_temperature_repeats_the_likely(model, hidden):
     """Over many rows, a vote agrees with the most frequent patch more often than a draw does."""
     many = hidden[:1].expand(400, -1)
-    mode = sample_patches(model, hidden[:1], temperature=0, num_candidates=2000, seed=1)
-    hits = [
-        (sample_patches(model, many, temperature=t, num_candidates=20, seed=3) == mode).all(-1)
+    mode = sample_patches(model, hidden[:1], temperature=0, num_candidates=2000, seed=1).patches
+    drawn = [
+        sample_patches(model, many, temperature=t, num_candidates=20, seed=3).patches
         for t in (1, "1/2", "1/4")
     ]
-    shares = [hit.double().mean() for hit in hits]
+    shares = [(patches == mode).all(-1).double().mean() for patches in drawn]
     assert shares[0] < shares[1] < shares[2]
 
 
 @pytest.mark.parametrize("temperature", [1, "1/3"])
 def test_a_row_does_not_depend_on_its_batch(model, hidden, temperature):
     options = {"temperature": temperature, "num_candidates": 30, "seed": 2}
-    together = sample_patches(model, hidden, rows=ROWS, **options)
+    together = sample_patches(model, hidden, rows=ROWS, **options).patches
     order = torch.tensor([3, 0, 4])
-    assert torch.equal(
-        sample_patches(model, hidden[order], rows=ROWS[order], **options), together[order]
-    )
+    alone = sample_patches(model, hidden[order], rows=ROWS[order], **options).patches
+    assert torch.equal(alone, together[order])
 
 
 def test_seeds_and_rows_change_the_draw(model, hidden):
     many = hidden[:1].expand(64, -1)
-    first = sample_patches(model, many, seed=0)
+    first = sample_patches(model, many, seed=0).patches
     assert len(first.unique(dim=0)) > 1
-    assert not torch.equal(first, sample_patches(model, many, seed=1))
+    assert not torch.equal(first, sample_patches(model, many, seed=1).patches)
 
 
 def test_no_rows(model):
-    assert sample_patches(model, torch.zeros(0, 16).double(), temperature="1/2").shape == (0, 2)
+    sample = sample_patches(model, torch.zeros(0, 16).double(), temperature="1/2")
+    assert sample.patches.shape == (0, 2) and len(sample.draws) == 0
