@@ -94,13 +94,13 @@ def test_files_keep_their_shape(path: Path) -> None:
 
 @needs_checkout
 def test_imports_go_one_way() -> None:
-    """reference <- ops <- nn <- sampling, evaluation, training, generation <- patch, cli."""
+    """reference <- ops <- nn <- sampling, evaluation, training, generation <- patching, cli."""
     layers = [
         ["reference"],
         ["ops", "_native"],
         ["nn"],
         ["sampling", "evaluation", "training", "generation", "losses", "brier"],
-        ["quickstart", "cli", "patch"],
+        ["quickstart", "cli", "patching", "patched"],
     ]
     level = {name: depth for depth, names in enumerate(layers) for name in names}
     for path in sorted((ROOT / "calm_rt").rglob("*.py")):
