@@ -166,19 +166,6 @@ def head_sample(self: nn.Module, hidden_states: Tensor) -> Tensor:
     return draws.view(*hidden_states.shape[:-1], -1)
 
 
-def diffusion_sample(self: nn.Module, z: Tensor, temperature: float = 1.0, cfg: float = 1.0):
-    """`DiffLoss.sample` on z's own device.  [..., H] -> [..., L]."""
-    if cfg != 1.0 or _active(self) is None:
-        return type(self).sample(self, z, temperature=temperature, cfg=cfg)
-    contexts = z.reshape(-1, z.shape[-1])
-    noise = torch.randn(len(contexts), self.in_channels, device=z.device)
-    options = {"clip_denoised": False, "progress": False, "temperature": temperature}
-    latents = self.gen_diffusion.p_sample_loop(
-        self.net.forward, noise.shape, noise, model_kwargs={"c": contexts}, **options
-    )
-    return latents.reshape(*z.shape[:-1], -1)
-
-
 @torch.compiler.disable
 @torch.no_grad()
 def temperature_sampling(

@@ -48,9 +48,6 @@ BUGS = {
     "missing_num_samples": Bug(
         (), ALL_MODELS[1:], "num_samples was never set; taken from the configuration"
     ),
-    "diffusion_device": Bug(
-        (), ALL_MODELS[1:2], "sampling called .cuda(); draws on the model's device"
-    ),
     "bf16_embeddings": Bug(
         ("autoencoder_loss", "encoder_target"),
         official_models.KINDS,
@@ -70,6 +67,8 @@ BUGS = {
         "prompts were filled with pad ids at their end; BOS fills their beginning",
     ),
 }
+# what no patch of an instance can reach
+NOT_CURED = {"DiffusionTransformer": {"diffusion_device": "the sampling loop itself calls .cuda()"}}
 # what comes with a switch and cannot be had without it
 CURED_BY = {
     "energy_score": "beta < 1 and equal draws gave NaN gradients",
@@ -296,9 +295,7 @@ def _set(state: Patch, module: nn.Module, name: str, value: Any) -> None:
 def _cure(model: nn.Module, state: Patch, report: PatchReport) -> None:
     """Cures the bugs that need no switch."""
     kind = state.official.__name__
-    cures = {"tied_embedding": _tie, "missing_num_samples": _give_num_samples}
-    cures["diffusion_device"] = _sample_on_own_device
-    for name, cure in cures.items():
+    for name, cure in {"tied_embedding": _tie, "missing_num_samples": _give_num_samples}.items():
         if kind not in BUGS[name].kinds:
             continue
         if name in state.keep_bugs:
@@ -333,15 +330,6 @@ def _give_num_samples(model: nn.Module, state: Patch) -> tuple[bool, str | None]
     return missing, None
 
 
-def _sample_on_own_device(model: nn.Module, state: Patch) -> tuple[bool, str | None]:
-    head = model.generative_head
-    reason = _foreign(head, "sample", state.official)
-    if reason is None:
-        _set(state, head, "sample", MethodType(patched.diffusion_sample, head))
-        _set(state, head, ATTRIBUTE, state)
-    return reason is None, reason
-
-
 def _fold(model: nn.Module, state: Patch, report: PatchReport) -> None:
     if "encoder_target" not in state.switches:
         report.kept["fold_encoder"] = "encoder_target is not replaced"
@@ -361,7 +349,8 @@ def _fold(model: nn.Module, state: Patch, report: PatchReport) -> None:
 
 
 def _name_cures(state: Patch, report: PatchReport) -> None:
-    """Lists the bugs whose cure came with a switch."""
+    """Lists the bugs whose cure came with a switch, and those without one."""
+    report.not_cured.update(NOT_CURED.get(state.official.__name__, {}))
     for name, bug in BUGS.items():
         if not bug.switches or state.official.__name__ not in bug.kinds:
             continue

@@ -6,7 +6,6 @@ the official parameter names.
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -223,28 +222,23 @@ class EnergyTransformer(CALM):
         return CustomCausalLMOutput(loss=loss)
 
 
-class DiffLoss(nn.Module):
+class FlowLoss(nn.Module):
     """A head with the official interface whose network is one linear map."""
 
     def __init__(self, config: Any):
         super().__init__()
         self.in_channels = config.latent_size
         self.net = nn.Linear(config.hidden_size, config.latent_size)
-        self.gen_diffusion = SimpleNamespace(p_sample_loop=self._sample_loop)
 
     def forward(self, target: Tensor, z: Tensor) -> Tensor:
         return (self.net(z) - target).square().mean(-1).flatten()
 
-    def sample(self, z: Tensor, temperature: float = 1.0, cfg: float = 1.0) -> Tensor:
-        return self.net(z) + torch.randn(*z.shape[:-1], self.in_channels).cuda()
-
-    def _sample_loop(self, function: Any, shape: Any, noise: Tensor, model_kwargs: Any, **_: Any):
-        return function(model_kwargs["c"]) + noise
-
-
-class FlowLoss(DiffLoss):
     def sample(self, z: Tensor) -> Tensor:
         return self.net(z) + torch.randn(*z.shape[:-1], self.in_channels)
+
+
+class DiffLoss(FlowLoss):
+    pass
 
 
 class DiffusionTransformer(CALM):
