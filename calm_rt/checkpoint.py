@@ -6,20 +6,16 @@ once. Official folders hold pytorch_model.bin or model.safetensors, whole or in 
 is written beside its destination and renamed.
 """
 
-import json
-import os
 import re
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
+from calm_rt.ops.check import check
+from calm_rt.tensor_files import read_json, read_tensors, write_json, write_tensors
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
@@ -30,6 +26,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EMBEDDING, HEAD = "encoder.embed_tokens.weight", "generative_head."
 EMBEDDING_ALIAS, HEAD_ALIAS = "decoder.lm_head_weight", "mlp_generator."
 AUTOENCODER = "ae_model."
+
+Config = TypeVar("Config", AutoencoderConfig, CalmConfig)
 
 
 def load(
@@ -77,95 +75,6 @@ def save(model: Autoencoder | Calm, path: str | Path) -> None:
     write_json(folder / CONFIG, values)
 
 
-def write_tensors(
-    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Writes a safetensors file, whole or not at all; tensors may be on any device and strided."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(Path(path), lambda temporary: save_file(plain, temporary, metadata))
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a torch file that holds a state dict only.
-
-    Raises FileNotFoundError, and ValueError naming the file where it is damaged or holds anything
-    but tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return _open_safetensors(
-            path, lambda file: {name: file.get_tensor(name) for name in file.keys()}
-        )
-    try:
-        tensors = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except OSError:
-        raise
-    except Exception as error:  # unpickling foreign bytes raises nearly anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        message = f"{path}: not a torch file of plain tensors, or damaged ({reason})"
-        raise ValueError(message) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path}: expected a dict of tensors by name, got something else")
-    return tensors
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a .safetensors file; raises as read_tensors does."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    return _open_safetensors(path, lambda file: file.metadata() or {})
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
-    text = json.dumps(value, indent=2) + "\n"
-    _replace(Path(path), lambda temporary: temporary.write_text(text))
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises FileNotFoundError, and ValueError where the file holds something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors writes files that only their owner can read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else a crash may leave the new name on empty contents
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _open_safetensors(path: Path, read: Callable[[Any], Any]) -> Any:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return read(file)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or damaged ({error})") from error
-
-
 def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """The file that names the tensors, and the tensors."""
     for name in (TENSORS, OFFICIAL_TENSORS):
@@ -173,9 +82,12 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         if file.is_file():
             return file, read_tensors(file)
         if index.is_file():
-            shards = set(read_json(index).get("weight_map", {}).values())
+            where = read_json(index).get("weight_map")
+            named = isinstance(where, dict) and all(isinstance(v, str) for v in where.values())
+            if not named:
+                raise ValueError(f"{index}: expected a weight_map of file names, got {where!r:.80}")
             tensors = {}
-            for shard in sorted(shards):
+            for shard in sorted(set(where.values())):
                 if Path(shard).name != shard:
                     raise ValueError(f"{index}: expected shards in the same folder, got {shard!r}")
                 tensors |= read_tensors(folder / shard)
@@ -204,16 +116,26 @@ def _merge(file: Path, tensors: dict[str, Tensor], name: str, alias: str) -> Non
 def _build(
     folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], prefix: str
 ) -> Autoencoder | Calm:
+    """The model on the meta device, where sizes take no memory."""
     try:
         if not prefix:
-            return Autoencoder(AutoencoderConfig.from_dict(values))
-        config = CalmConfig.from_dict(values)
+            return Autoencoder(_believable(AutoencoderConfig.from_dict(values), tensors))
+        config = _believable(CalmConfig.from_dict(values), tensors)
         inner = values.get("autoencoder")
         if inner is None:
             inner = _autoencoder_sizes(values, tensors)
-        return Calm(config, AutoencoderConfig.from_dict(inner))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+        return Calm(config, _believable(AutoencoderConfig.from_dict(inner), tensors))
+    except (ValueError, RuntimeError, OverflowError) as error:  # torch: a size beyond 64 bits
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder / CONFIG}: {reason}") from error
+
+
+def _believable(config: Config, tensors: dict[str, Tensor]) -> Config:
+    """The configuration, unless it names more layers than there are tensors: each is a module."""
+    for name, value in config.to_dict().items():
+        if name.startswith("num_") and name.endswith("_layers"):
+            check(value <= len(tensors), f"config {name}", "layers that are in the file", value)
+    return config
 
 
 def _autoencoder_sizes(values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:

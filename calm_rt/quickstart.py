@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calm_rt import checkpoint, evaluation, official, ops
+from calm_rt import evaluation, official, ops
 from calm_rt.brier import BrierLM
 from calm_rt.curves import CURVES, finite, plot_curves, read_log
 from calm_rt.data import (
@@ -23,6 +23,7 @@ from calm_rt.data import (
 from calm_rt.generation import Generator
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check
+from calm_rt.tensor_files import write_json
 from calm_rt.threads import faster_threads, restored_threads
 from calm_rt.training import TrainingConfig, train, train_autoencoder
 
@@ -85,7 +86,7 @@ def run_quickstart(
         stage("samples")
         _print_samples(model, tokenizer, shards, seed)
     metrics["seconds"] = time.perf_counter() - start
-    checkpoint.write_json(output / "metrics.json", finite(metrics))
+    write_json(output / "metrics.json", finite(metrics))
     stage(f"done; the model is in {output}: calm-rt generate {output} 'The '")
     return metrics
 

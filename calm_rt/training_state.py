@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from calm_rt import checkpoint
+from calm_rt import tensor_files
 from calm_rt.ops.check import check
 
 STATE = "training_state.safetensors"
@@ -108,7 +108,7 @@ class TrainingState:
             tensors[f"model.{name}"] = parameter
             tensors |= {f"{m}.{name}": optimizer.state[parameter][m] for m in MOMENTS}
         metadata = {"state": json.dumps(dataclasses.asdict(self))}
-        checkpoint.write_tensors(folder / STATE, tensors, metadata)
+        tensor_files.write_tensors(folder / STATE, tensors, metadata)
 
     @classmethod
     def load(cls, folder: Path) -> "TrainingState":
@@ -118,7 +118,7 @@ class TrainingState:
             path.is_file(), "resume", f"a run in {folder} (start it without resume)", f"no {STATE}"
         )
         try:
-            return cls(**json.loads(checkpoint.read_metadata(path)["state"]))
+            return cls(**json.loads(tensor_files.read_metadata(path)["state"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: not a training state that this version wrote ({error})"
@@ -127,7 +127,7 @@ class TrainingState:
     def restore(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Puts the saved parameters and moments into the model and its optimizer."""
         path = folder / STATE
-        tensors = checkpoint.read_tensors(path)
+        tensors = tensor_files.read_tensors(path)
         parameters = trainable(model)
         wanted = {f"{kind}.{name}" for kind in ("model", *MOMENTS) for name in parameters}
         odd = sorted(wanted ^ tensors.keys())

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from calm_rt import checkpoint
+from calm_rt import checkpoint, tensor_files
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -236,6 +237,71 @@ def test_foreign_pickles_are_refused_and_not_run(autoencoder, tmp_path, writer):
     assert not (tmp_path / "run").exists()
 
 
+def hostile_archive(autoencoder: Autoencoder, path: Path, how: str) -> None:
+    """A torch file that claims terabytes."""
+    tensors = dict(autoencoder.state_dict())
+    if how == "repeated":
+        tensors[EMBEDDING] = torch.zeros(1).expand(2**30, 2**10)
+    torch.save(tensors, path)
+    if how == "packed":
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+    if how == "old":
+        torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("how", ["repeated", "packed", "old"])
+def test_torch_files_that_claim_more_than_they_hold(autoencoder, tmp_path, how):
+    autoencoder.save(tmp_path)
+    (tmp_path / checkpoint.TENSORS).unlink()
+    hostile_archive(autoencoder, tmp_path / checkpoint.OFFICIAL_TENSORS, how)
+    with pytest.raises(ValueError, match="not a torch file of plain tensors, or damaged"):
+        checkpoint.load(tmp_path)
+
+
+def test_safetensors_that_claim_more_than_they_hold(autoencoder, tmp_path):
+    autoencoder.save(tmp_path)
+    claim = {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    header = json.dumps(claim).encode()
+    for length in (len(header), 2**62):
+        content = length.to_bytes(8, "little") + header
+        (tmp_path / checkpoint.TENSORS).write_bytes(content)
+        with pytest.raises(ValueError, match="not a safetensors file, or damaged"):
+            checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_encoder_layers": 10**9}, "config num_encoder_layers: expected layers that are in"),
+        ({"hidden_size": 2**40}, "tensor .* expected shape|overflow"),
+        ({"vocab_size": 2**62}, "tensor .* expected shape|overflow"),
+    ],
+)
+def test_configurations_that_claim_more_than_the_file_holds(autoencoder, tmp_path, change, message):
+    autoencoder.save(tmp_path)
+    config = tmp_path / checkpoint.CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": 3}', '{"weight_map": {"x": 3}}', "{}"])
+def test_shard_indices_that_name_no_files(autoencoder, tmp_path, text):
+    autoencoder.save(tmp_path)
+    (tmp_path / checkpoint.TENSORS).unlink()
+    index = tmp_path / f"{checkpoint.TENSORS}.index.json"
+    index.write_text(text)
+    with pytest.raises(ValueError, match="expected a weight_map of file names"):
+        checkpoint.load(tmp_path)
+    index.write_text("[" * 10**6)
+    with pytest.raises(ValueError, match="not JSON"):
+        checkpoint.load(tmp_path)
+
+
 def test_files_that_are_something_else(autoencoder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         checkpoint.load(tmp_path)
@@ -265,16 +331,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, kind, step):
 
     def write(value: int) -> None:
         if kind == "tensors":
-            checkpoint.write_tensors(tmp_path / "file", {"x": torch.tensor([value])}, {"v": "1"})
+            tensor_files.write_tensors(tmp_path / "file", {"x": torch.tensor([value])}, {"v": "1"})
         else:
-            checkpoint.write_json(tmp_path / "file", {"x": value})
+            tensor_files.write_json(tmp_path / "file", {"x": value})
 
     write(1)
     before = (tmp_path / "file").read_bytes()
     if step == "replace":
         monkeypatch.setattr(os, "replace", fail)
     elif kind == "tensors":
-        monkeypatch.setattr(checkpoint, "save_file", fail)
+        monkeypatch.setattr(tensor_files, "save_file", fail)
     else:
         monkeypatch.setattr(Path, "write_text", fail)
     with pytest.raises(OSError, match="disk full"):
@@ -286,9 +352,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, kind, step):
 def test_written_files_follow_the_umask_and_hold_what_was_given(tmp_path):
     path = tmp_path / "state.safetensors"
     strided = torch.arange(6.0).reshape(2, 3).T
-    checkpoint.write_tensors(path, {"a": strided, "b": torch.ones(0)}, {"step": "7"})
-    assert checkpoint.read_metadata(path) == {"step": "7"}
-    read = checkpoint.read_tensors(path)
+    tensor_files.write_tensors(path, {"a": strided, "b": torch.ones(0)}, {"step": "7"})
+    assert tensor_files.read_metadata(path) == {"step": "7"}
+    read = tensor_files.read_tensors(path)
     assert torch.equal(read["a"], strided) and read["b"].shape == (0,)
-    checkpoint.write_json(tmp_path / "x.json", {})
+    tensor_files.write_json(tmp_path / "x.json", {})
     assert path.stat().st_mode == (tmp_path / "x.json").stat().st_mode

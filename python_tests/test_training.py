@@ -139,7 +139,7 @@ def assert_same_run(first, second):
     """Bitwise: losses, parameters, moments."""
     assert losses(first) == losses(second)
     for file in (STATE, checkpoint.TENSORS):
-        one, other = (checkpoint.read_tensors(folder / file) for folder in (first, second))
+        one, other = (tensor_files.read_tensors(folder / file) for folder in (first, second))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -237,7 +237,7 @@ def free_port():
 def test_divergence_keeps_the_last_checkpoint(shards, tmp_path):
     with pytest.raises(TrainingDiverged, match=r"not finite at step .* step \d+ in .* is kept"):
         run(shards, tmp_path, 50, learning_rate=1e30, save_every=1, warmup_steps=0)
-    assert json.loads(checkpoint.read_metadata(tmp_path / STATE)["state"])["step"] >= 1
+    assert json.loads(tensor_files.read_metadata(tmp_path / STATE)["state"])["step"] >= 1
     with pytest.raises(TrainingDiverged, match="no checkpoint"):
         run(shards, tmp_path / "none", 50, learning_rate=1e30, save_every=100, warmup_steps=0)
     assert not (tmp_path / "none" / STATE).exists()
@@ -251,7 +251,7 @@ def test_full_disk_keeps_the_last_checkpoint(shards, tmp_path, monkeypatch, fail
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"calm_rt.checkpoint.{failing}", full)
+    monkeypatch.setattr(f"calm_rt.tensor_files.{failing}", full)
     with pytest.raises(OSError, match="No space left"):
         run(shards, tmp_path, 6, resume=True)
     monkeypatch.undo()
@@ -343,7 +343,7 @@ def test_what_a_run_leaves(shards, tmp_path):
 
 def test_precision_is_decided_once(shards, tmp_path, monkeypatch):
     run(shards, tmp_path, 2, precision="auto")
-    state = json.loads(checkpoint.read_metadata(tmp_path / STATE)["state"])
+    state = json.loads(tensor_files.read_metadata(tmp_path / STATE)["state"])
     assert state["precision"] in ("fp32", "bf16")
     monkeypatch.setattr("calm_rt.training_loop.TrainingLoop._choose_precision", None)
     run(shards, tmp_path, 4, precision="auto", resume=True)
