@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_decoder, check_device, check_float
 from calm_rt.ops.gated_mlp import flat_layers, gated_mlp
-from calm_rt.ops.linear_argmax import linear_argmax
+from calm_rt.ops.linear_argmax import check_screen, linear_argmax, usable_screen
 from calm_rt.reference import DecoderWeights
 
 DTYPES = {
@@ -30,11 +30,12 @@ def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Te
     _check(latents, weights)
     if not _native.use_native("decode", latents, latents.dtype, DTYPES):
         return reference.decode(latents, weights, eps)
-    leaves = [latents, *tree_leaves(weights)]
+    leaves = [latents, *tree_leaves(weights._replace(screen=()))]
     mixed = any(leaf.dtype != latents.dtype for leaf in leaves)
     if mixed or torch.is_autocast_enabled(latents.device.type):
         hidden = decode_hidden(latents, weights, eps=eps)  # [R, K, H]
-        return linear_argmax(hidden.flatten(0, 1), weights.vocabulary).view(hidden.shape[:2])
+        ids = linear_argmax(hidden.flatten(0, 1), weights.vocabulary, weights.screen)
+        return ids.view(hidden.shape[:2])
     return torch.ops.calm_rt.decode(latents, *_flat(weights), eps)
 
 
@@ -61,7 +62,8 @@ def _flat(weights: DecoderWeights) -> tuple:
     norm = weights.norm.to(torch.promote_types(weights.norm.dtype, torch.float32))
     patches = *weights.latent, flat_layers(weights.patch_layers)
     tokens = *weights.expand, flat_layers(weights.token_layers)
-    return *patches, *tokens, norm, weights.vocabulary
+    screen = usable_screen(weights.screen, weights.vocabulary.dtype)
+    return *patches, *tokens, norm, weights.vocabulary, screen
 
 
 def _check(latents: Tensor, weights: DecoderWeights) -> None:
@@ -69,6 +71,8 @@ def _check(latents: Tensor, weights: DecoderWeights) -> None:
     check_float("latents", latents)
     check_decoder(weights, latents.shape[1])
     check_device(latents.device, vocabulary=weights.vocabulary)
+    if weights.screen is not None:
+        check_screen("weights.screen", weights.screen)
 
 
 def _fake(
@@ -81,6 +85,7 @@ def _fake(
     token_layers,
     norm,
     vocabulary,
+    screen,
     eps,
 ):
     return latents.new_empty(

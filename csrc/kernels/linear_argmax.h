@@ -12,6 +12,8 @@
 // for a few rows, which memory bounds, it multiplies the rows as they are. A panel of the vocabulary is rounded, met by
 // all rows and forgotten, so each weight is read once and no score is stored. Reads R*H + V*H values, and 2 H for each
 // entry that is computed exactly, some tens a row for a vocabulary of 128k; computes R*V*H products of 8 bits.
+// ScreenVocabulary stores the rounded panels (V*H bytes, or 2 V*H where the processor multiplies 16 bits), for a weight
+// that stays: then they are read instead of V*H values, and few rows are screened too.
 //
 // On the GPU the library multiplies operands rounded to bfloat16 block by block of the vocabulary; no more than one
 // block of scores exists. A rounded score differs from the exact one by no more than
@@ -40,10 +42,27 @@ struct LinearArgmax {
   const T* hidden;     // [R, H]
   const T* weight;     // [V, H]
   int64_t* id;         // [R]
+  const void* panels;  // what ScreenVocabulary wrote for this weight, or nullptr
   int64_t num_rows;    // R
   int64_t vocabulary;  // V > 0
   int64_t size;        // H
 };
+
+// The panels of a vocabulary in the layout of this process's instruction set.
+template <class T>
+struct ScreenVocabulary {
+  const T* weight;     // [V, H]
+  void* panels;        // [num_panels, panel_bytes], aligned to 64
+  int64_t vocabulary;  // V
+  int64_t size;        // H
+};
+
+// How many panels a vocabulary has, and the bytes of one; a multiple of 64.
+struct PanelSizes {
+  int64_t num_panels, panel_bytes;
+};
+
+constexpr int64_t kLongestScreened = 32768;  // H up to which whole products fit 32 bits
 
 template <class T, class S>
 struct RoundRows {
@@ -77,6 +96,9 @@ struct ScanScores {
 
 template <class T>
 void launch(Cpu device, const LinearArgmax<T>& p);  // float, double, bfloat16, half
+template <class T>
+void launch(Cpu device, const ScreenVocabulary<T>& p);  // float, bfloat16, half; H up to kLongestScreened
+PanelSizes panel_sizes(Cpu device, int64_t vocabulary, int64_t size);
 template <class T, class S>
 void launch(Cuda device, const RoundRows<T, S>& p);  // T float, bfloat16, half; S bfloat16
 template <class T, class S>
