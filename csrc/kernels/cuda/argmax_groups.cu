@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(BANDS * 2 * kWarpSize, 1)
   int slice = 0;
   for (int step = 0; step < steps; ++step) {
     copies_done<kStages - 2>();
-    __syncthreads();  // all of this step's copies are there, and the last step's stage has been read
+    __syncthreads();  // this step's copies are there, the last stage has been read
     copy_step(step + kStages - 1);
     bfloat16* rows = ring + step % kStages * kStageElements<BANDS>;
     bfloat16* entries = rows + BANDS * kBand * kSlice;
