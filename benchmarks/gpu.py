@@ -74,7 +74,13 @@ def law_commands() -> list[Command]:
 
 
 def conformance_commands() -> list[Command]:
-    return [pytest_command("python_tests/test_primitives.py")]
+    folder, python = "build/simulator", f"-DPython_EXECUTABLE={sys.executable}"
+    options = ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", python]
+    return [
+        ["cmake", "-S", "csrc/simulator", "-B", folder, *options],
+        ["cmake", "--build", folder, "--target", "simulator_conformance"],
+        pytest_command("python_tests/test_primitives.py"),
+    ]
 
 
 def sanitizer_commands() -> list[Command]:

@@ -242,7 +242,10 @@ BUGS = (
         "the mask does not name the calling lane at",
     ),
     groups_bug(
-        "half-a-warp-multiplies", "multiply_add(sum", "if (lane < 16) multiply_add(sum", "deadlock"
+        "half-a-warp-multiplies",
+        "multiply_add(sum",
+        "if (lane < 16) multiply_add(sum",
+        "lanes of one mask meet in different collectives at",
     ),
     groups_bug("entries-beyond-the-last", "if (entry < limit) top.add", "top.add", WRONG),
     groups_bug("columns-beyond-the-row", "&& column < size", "", WRONG),
