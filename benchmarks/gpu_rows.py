@@ -105,10 +105,28 @@ def measure(one: Case) -> list[dict[str, Any]]:
     """With gradients where the op has them: that is the work of a training step."""
     passes, rivals = benchmark.passes_of(one)[-1], benchmark.rivals_of(one)
     try:
-        return benchmark.measure(one, passes, rivals, "cuda", ROUNDS, memory=True)
+        rows = benchmark.measure(one, passes, rivals, "cuda", ROUNDS, memory=True)
     except torch.OutOfMemoryError:  # the official formula's, on a smaller GPU
         torch.cuda.empty_cache()
-        return benchmark.measure(one, passes, ["native"], "cuda", ROUNDS, memory=True)
+        rows = benchmark.measure(one, passes, ["native"], "cuda", ROUNDS, memory=True)
+    [native] = [row for row in rows if row["rival"] == "native"]
+    native["kernels"] = kernel_times(one, "backward" in passes)
+    return rows
+
+
+def kernel_times(one: Case, backward: bool) -> dict[str, float]:
+    """Milliseconds on the device in one native call, by kernel, the library's too."""
+    arguments = benchmark.make_arguments(one, "native", "cuda")
+    call = benchmark.contender(one, "native", arguments, backward)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with benchmark.route("native"):
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / 1e3 for event in profile.key_averages()}
+    return {name: time for name, time in times.items() if time > 0}
 
 
 def main(path: Path) -> int:

@@ -127,13 +127,10 @@ struct Panel {
   }
 };
 
-// Blocks that the registers of a multiprocessor must hold; with one more ptxas spills.
-template <class T, bool PACKED>
-constexpr int kScanBlocks = PACKED && !std::is_same_v<T, half> ? 4 : 3;
+constexpr int kScanBlocks = 3;  // that the registers of a multiprocessor must hold; with one more ptxas spills
 
 template <class T, class S, bool PACKED>
-__global__ void __launch_bounds__(kThreads, kScanBlocks<T, PACKED>)
-    scan_scores_kernel(ScanScores<T, S> p, float factor) {
+__global__ void __launch_bounds__(kThreads, kScanBlocks) scan_scores_kernel(ScanScores<T, S> p, float factor) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t row = blockIdx.x;
   Winner winner{p.best[row], p.id[row]};
