@@ -1,10 +1,11 @@
-// linear_argmax: on the CPU one kernel; on the GPU rounds the operands, multiplies block by block with the library and
-// scans each block (see kernels/linear_argmax.h).
+// linear_argmax: on the CPU one kernel; on the GPU by groups where rows are whole packs, otherwise rounds the operands,
+// multiplies block by block with the library and scans each block (see kernels/linear_argmax.h).
 #pragma once
 #include <algorithm>
 #include <optional>
 
 #include "kernels/linear_argmax.h"
+#include "ops/argmax_groups.h"
 #include "ops/product.h"
 
 namespace calm_rt {
@@ -35,6 +36,7 @@ inline void find_argmax(Cpu device, const Tensor& hidden, const Tensor& weight, 
 inline void find_argmax(Cuda device, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& screen,
                         const Tensor& id) {
   STD_TORCH_CHECK(!screen, "linear_argmax: on a GPU there is no screen");
+  if (find_argmax_by_groups(device, hidden, weight, id)) return;
   using torch::stable::new_empty;
   using S = bfloat16;  // the type that the library multiplies fastest
   const int64_t num_rows = hidden.size(0), vocabulary = weight.size(0), size = hidden.size(1);
