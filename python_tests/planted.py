@@ -36,7 +36,7 @@ class PlantedDraws(Draws):
             stream=Stream.HEAD,
             distribution="uniform",
             dtype=torch.float64,
-        )[..., 0].T  # [B, count]
+        )[..., 0].T.contiguous()  # [B, count]
         kind = torch.searchsorted(total, u * total[:, -1:], right=True)
         return self.patches[kind]  # [B, count, K]
 
