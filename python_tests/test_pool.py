@@ -103,13 +103,27 @@ def test_only_what_can_compete_is_decoded(sizes, price: int) -> None:
     assert torch.equal(vote(draws, tokens, 2).slots, expected)
 
 
+@pytest.mark.parametrize("n", [2, 2000])
+def test_fewer_passes_where_they_are_dear(n: int, monkeypatch) -> None:
+    tokens, rows = random_pools(4, 200, (5, 6, 7, 8), seed=n), row_ids(4)
+    passes = []
+    for price in PASSES:
+        monkeypatch.setitem(pool.PASS_ROWS, "cpu", price)
+        draws = planted_pools(tokens, n, rows)
+        vote(draws, tokens, n)
+        passes.append(draws.passes)
+    assert passes == sorted(passes, reverse=True) and passes[-1] == 1
+    assert passes[0] == 4 if n == 2 else passes[0] > passes[2] > passes[3] > 1
+
+
+@pytest.mark.parametrize("kinds", [(2, 3, 2), (3, 90, 90)])
 @pytest.mark.parametrize("n", [1, *POWERS])
-def test_known_tokens_leave_a_smaller_pool(n: int, price: int) -> None:
+def test_known_tokens_leave_a_smaller_pool(n: int, kinds: tuple[int, ...], price: int) -> None:
     """Each context with its own number of known tokens, none and all of them too."""
-    tokens, rows = random_pools(150, 40, (2, 3, 2), seed=n), row_ids(150)
+    tokens, rows = random_pools(150, 40, kinds, seed=n), row_ids(150)
     known = torch.arange(150) % 4
     prefix = torch.where(torch.arange(3) < known[:, None], tokens[:, 0], -1)
-    prefix[::25] = 5  # which no candidate has
+    prefix[::25] = 500  # which no candidate has
     got = vote(planted_pools(tokens, n, rows), tokens, n, prefix)
     for row in range(150):
         matching = ((prefix[row] < 0) | (tokens[row] == prefix[row])).all(-1)

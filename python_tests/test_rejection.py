@@ -24,10 +24,10 @@ def planted(seed: int, rows: int | Tensor, weights: Tensor = WEIGHTS) -> Planted
     return PlantedDraws(PATCHES, weights, seed, rows)
 
 
-def counts(result: Rejection) -> Tensor:
+def counts(result: Rejection, patches: Tensor = PATCHES) -> Tensor:
     """How often each patch was found.  returns: [X]."""
     assert result.found.all()
-    seen = (result.patches[:, None] == PATCHES).all(-1)  # [B, X]
+    seen = (result.patches[:, None] == patches).all(-1)  # [B, X]
     assert seen.any(1).all()
     return seen.sum(0)
 
@@ -50,6 +50,19 @@ def test_frequencies_are_those_of_the_power(temperature: Fraction) -> None:
         for seed in range(20)
     ]
     assert stats.kstest(p_values, "uniform").pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("temperature", ["1/2", "2/3"])
+def test_frequencies_among_many_patches(temperature: str) -> None:
+    """Pairs that differ in their first token alone and come twice a round: they are told apart."""
+    patches = torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(5))
+    weights = torch.tensor([0.9, 0.1], dtype=torch.float64).repeat_interleave(20)
+    power = weights ** float(1 / Fraction(temperature))
+    draws = PlantedDraws(patches, weights, 6, torch.arange(3000))
+    seen = counts(reject(draws, Fraction(temperature), 10_000), patches)
+    expected = 3000 * power / power.sum()
+    by_first_token = seen.view(2, -1).sum(1), expected.view(2, -1).sum(1)
+    assert stats.chisquare(*by_first_token).pvalue > FALSE_ALARM
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES, ids=str)
