@@ -175,7 +175,7 @@ class Generator:
                 num_candidates=num_candidates,
                 seed=seed,
                 rows=names << 32 | step,
-            )
+            ).patches
             for sequence, patch in zip(active, patches.tolist(), strict=True):
                 sequence.extend(patch)
                 sequence.seconds = time.perf_counter() - start

@@ -9,7 +9,7 @@ import torch
 from calm_rt import generation
 from calm_rt.generation import Generator
 from calm_rt.nn import AutoencoderConfig, Calm, CalmConfig
-from calm_rt.sampling import sample_patches
+from calm_rt.sampling import PatchSample, sample_patches
 
 BOS, EOS, PAD = 257, 256, 258
 PATCH = 4
@@ -81,7 +81,9 @@ def scripted(monkeypatch, model):
                 text, first = tokens[row >> 32], (row & 0xFFFFFFFF) * PATCH
                 patch = text[first : first + PATCH]
                 patches.append(patch + [EOS] + [65] * (PATCH - len(patch) - 1))
-            return torch.tensor([patch[:PATCH] for patch in patches])
+            count, every = torch.ones_like(rows), torch.ones_like(rows, dtype=torch.bool)
+            patches = torch.tensor([patch[:PATCH] for patch in patches])
+            return PatchSample(patches, count, PATCH * count, every)
 
         monkeypatch.setattr(generation, "sample_patches", draw)
         return Generator(model, Bytes())
@@ -103,7 +105,7 @@ def test_equals_a_loop_without_cache(model, temperature):
         for step in range(6):
             hidden = model.hidden_states(torch.tensor([ids]))[:, -1]
             rows = torch.tensor([name << 32 | step])
-            ids += sample_patches(model, hidden, rows=rows, **options)[0].tolist()
+            ids += sample_patches(model, hidden, rows=rows, **options).patches[0].tolist()
         expected = ids[start : start + 22]
         if EOS in expected:
             expected = expected[: expected.index(EOS) + 1]
