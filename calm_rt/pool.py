@@ -55,8 +55,6 @@ class Pools:
         self.group = torch.arange(self.shape[0], device=device)[:, None].repeat(1, self.shape[1])
         self.slots = torch.zeros(self.shape[0], dtype=torch.int64, device=device)  # [B], decoded
         self._draws, self._states = draws, states.flatten(0, 1)
-        # The last tokens of a patch are the least certain, so they tell candidates apart soonest.
-        self._order = range(draws.patch_size - 1, -1, -1)
         self._next_group = self.shape[0]
         self._last_split = 0  # candidates
         self._count_alive()
@@ -87,14 +85,14 @@ class Pools:
         """
         at_once = self._is_cheaper_at_once(chosen)
         wanted = torch.zeros_like(self.tokens, dtype=torch.bool)
-        for depth, slot in enumerate(self._order):
-            next_or_later = self.depth <= depth if at_once else self.depth == depth
+        for slot in range(len(wanted)):
+            next_or_later = self.depth <= slot if at_once else self.depth == slot
             wanted[slot] = (chosen & next_or_later).flatten()
         self.decode(wanted)
         before = self.depth.clone()
-        for depth, slot in enumerate(self._order):
-            at_depth = (self.depth if at_once else before) == depth
-            members = (chosen & at_depth).flatten().nonzero().squeeze(1)
+        for slot in range(len(wanted)):
+            due = (self.depth if at_once else before) == slot
+            members = (chosen & due).flatten().nonzero().squeeze(1)
             if len(members):
                 self._split_by(slot, members)
 

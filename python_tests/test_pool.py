@@ -88,7 +88,7 @@ def test_a_pool_without_repeats_is_decoded_in_one_slot(price: int) -> None:
 @pytest.mark.parametrize("price", [-1], indirect=True)
 @pytest.mark.parametrize("sizes", POOLS[2:], ids=lambda sizes: "B{}-S{}-kinds{}".format(*sizes))
 def test_only_what_can_compete_is_decoded(sizes, price: int) -> None:
-    """At n = 2 slot by slot: a token for each candidate whose later tokens all occur twice."""
+    """At n = 2 slot by slot: a token for each candidate whose earlier tokens all occur twice."""
     tokens = random_pools(*sizes, seed=1)
     [pools, size, patch] = tokens.shape
     rows = row_ids(pools)
@@ -97,8 +97,8 @@ def test_only_what_can_compete_is_decoded(sizes, price: int) -> None:
     lone[torch.arange(pools), (draws.choice() * size).long()] = True
     expected = torch.zeros(pools, dtype=torch.int64)
     for slot in range(patch):
-        later = tokens[..., slot + 1 :]
-        holders = (later[:, :, None] == later[:, None]).all(-1).sum(-1)  # [B, S]
+        earlier = tokens[..., :slot]
+        holders = (earlier[:, :, None] == earlier[:, None]).all(-1).sum(-1)  # [B, S]
         expected += ((holders >= 2) | lone).sum(1)
     assert torch.equal(vote(draws, tokens, 2).slots, expected)
 
@@ -113,7 +113,7 @@ def test_fewer_passes_where_they_are_dear(n: int, monkeypatch) -> None:
         vote(draws, tokens, n)
         passes.append(draws.passes)
     assert passes == sorted(passes, reverse=True) and passes[-1] == 1
-    assert passes[0] == 4 if n == 2 else passes[0] > passes[2] > passes[3] > 1
+    assert passes[0] == 4 if n == 2 else passes[0] > passes[3] > 1
 
 
 @pytest.mark.parametrize("kinds", [(2, 3, 2), (3, 90, 90)])
