@@ -1,6 +1,7 @@
 """Every command on a small corpus, and what each says to bad input: one line and exit code 2."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from calm_rt import checkpoint, cli
 from calm_rt.data import TokenShards
+from calm_rt.sequence import TokenSequence
 from calm_rt.training_state import STATE
 
 COMMANDS = [
@@ -25,6 +27,7 @@ COMMANDS = [
     "evaluate",
     "convert",
     "bench",
+    "plan",
 ]
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "official_k4"
 SHORT = [
@@ -92,6 +95,10 @@ def output_of(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def lines_of(capsys, *arguments):
+    return [json.loads(line) for line in output_of(capsys, *arguments).splitlines()]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -141,17 +148,39 @@ def test_train_resume(folder, tmp_path, capsys):
 
 
 def test_generate(folder, capsys):
-    command = ["generate", folder / "calm", "The cat", "A dog", "--max-new-tokens", 9]
-    results = json.loads(output_of(capsys, *command, "--temperature", "1/2", "--json"))
-    assert [result["prompt"] for result in results] == ["The cat", "A dog"]
-    assert all(len(result["ids"]) <= 9 for result in results)
-    again = json.loads(output_of(capsys, *command, "--temperature", "0.5", "--json"))
+    command = ["generate", "--model", folder / "calm", "--max-new-tokens", 9]
+    both = [*command, "--prompt", "The cat", "A dog"]
+    results = lines_of(capsys, *both, "--temperature", "1/2", "--json")
+    assert [(r["index"], r["prompt"]) for r in results] == [(0, "The cat"), (1, "A dog")]
+    assert all(len(r["ids"]) <= 9 and r["draws"] == 200 * r["steps"] for r in results)
+    again = lines_of(capsys, *both, "--temperature", "0.5", "--json", "--max-batch-size", 1)
     assert [r["ids"] for r in again] == [r["ids"] for r in results]
-    plain = output_of(capsys, *command, "--temperature", "1/2")
+    plain = output_of(capsys, *both, "--temperature", "1/2")
     assert all(r["prompt"] + r["text"] in plain for r in results)
-    [first] = json.loads(output_of(capsys, *command[:3], *command[4:], "--json"))
-    streamed = output_of(capsys, *command[:3], *command[4:], "--stream")
+    [first] = lines_of(capsys, *command, "--prompt", "The cat", "--json")
+    streamed = output_of(capsys, *command, "--prompt", "The cat", "--stream")
     assert streamed == first["prompt"] + first["text"] + "\n"
+
+
+def test_generate_from_files(folder, tmp_path, capsys, monkeypatch):
+    command = ["generate", "--model", folder / "calm", "--max-new-tokens", 3, "--json"]
+    expected = lines_of(capsys, *command, "--prompt", "The cat", "", "A dog")
+    (tmp_path / "prompts.txt").write_text("The cat\n\nA dog\n")
+    assert untimed(lines_of(capsys, *command, "--prompts", tmp_path / "prompts.txt")) == untimed(
+        expected
+    )
+    own = tmp_path / "prompts.jsonl"  # what the command writes it can read
+    own.write_text("".join(json.dumps(line) + "\n" for line in expected))
+    assert untimed(lines_of(capsys, *command, "--prompts", own)) == untimed(expected)
+    monkeypatch.setattr("sys.stdin", io.StringIO("The cat\n\nA dog\n"))
+    assert untimed(lines_of(capsys, *command, "--prompts", "-")) == untimed(expected)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\nprompt"))
+    [whole] = lines_of(capsys, *command)
+    assert whole["prompt"] == "one\nprompt"
+
+
+def untimed(lines):
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def test_evaluate(folder, capsys):
@@ -202,7 +231,8 @@ def test_quickstart(tmp_path, capsys):
     assert wanted <= set(metrics)
     assert (run / "curves.png").is_file()
     assert "BrierLM" in text and "temperature 1/3" in text
-    assert output_of(capsys, "generate", run, "The", "--max-new-tokens", 8).startswith("The")
+    command = ["generate", "--model", run, "--prompt", "The", "--max-new-tokens", 8]
+    assert output_of(capsys, *command).startswith("The")
 
 
 # ---- bad input ----
@@ -265,21 +295,25 @@ def test_bad_checkpoints(folder, fails, tmp_path):
         file = broken / "model.safetensors"
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"PK" * 500)
-        fails(["generate", broken, "x"], "model.safetensors", "damaged")
+        fails(["generate", "--model", broken, "--prompt", "x"], "model.safetensors", "damaged")
         fails(["evaluate", broken, folder / "data"], "damaged")
         fails(["convert", broken, tmp_path / "out"], "damaged")
         (broken / STATE).write_bytes(whole[:100])
         run = ["train", folder / "data", "--output", broken, "--resume"]
         fails(run, STATE)
-    fails(["generate", tmp_path / "absent", "x"], "absent")
-    fails(["generate", folder / "autoencoder", "x"], "a folder of Calm", "Autoencoder")
+    fails(["generate", "--model", tmp_path / "absent", "--prompt", "x"], "absent")
+    fails(
+        ["generate", "--model", folder / "autoencoder", "--prompt", "x"],
+        "a folder of Calm",
+        "Autoencoder",
+    )
     shutil.copytree(folder / "calm", tmp_path / "mute")
     (tmp_path / "mute" / "tokenizer.model").unlink()
-    fails(["generate", tmp_path / "mute", "x"], "tokenizer")
+    fails(["generate", "--model", tmp_path / "mute", "--prompt", "x"], "tokenizer")
 
 
 def test_bad_requests(folder, fails):
-    generate = ["generate", folder / "calm", "x"]
+    generate = ["generate", "--model", folder / "calm", "--prompt", "x"]
     fails([*generate, "--temperature", "0.7"], "temperature", "1/2 and 1")
     fails([*generate, "--temperature", "2"], "temperature")
     fails([*generate, "--temperature", "nan"], "temperature")
@@ -287,9 +321,21 @@ def test_bad_requests(folder, fails):
     fails([*generate, "--max-new-tokens", -1], "max_new_tokens")
     fails([*generate, "--max-new-tokens", 1000], "max_position_embeddings")
     fails([*generate, "y", "--stream"], "stream")
+    fails([*generate, "--prompts", "-"], "not allowed with", "--prompt")
+    fails([*generate, "--method", "best"], "method")
+    fails([*generate, "--max-batch-size", 0], "max_batch_size")
     evaluate = ["evaluate", folder / "calm", folder / "data"]
     fails([*evaluate, "--num-draws", 1], "num_draws")
     fails([*evaluate, "--block-size", 3], "block_size")
+
+
+def test_bad_prompt_files(folder, fails, tmp_path):
+    generate = ["generate", "--model", folder / "calm", "--prompts"]
+    fails([*generate, tmp_path / "absent"], "absent")
+    file = tmp_path / "prompts.jsonl"
+    for wrong in ("no json", '"text"', '{"text": "x"}', '{"prompt": 3}'):
+        file.write_text(f'{{"prompt": "x"}}\n{wrong}\n')
+        fails([*generate, file], "prompts", "line 2", wrong)
 
 
 def test_unwritable_folder(folder, fails, tmp_path):
@@ -329,6 +375,26 @@ def test_ctrl_c_in_training(folder, tmp_path, capsys, monkeypatch):
     command = ["train-autoencoder", folder / "data", "--output", tmp_path, "--resume"]
     report = json.loads(output_of(capsys, *command, "--steps", 6, "--json"))
     assert report["step"] == 6
+
+
+def test_ctrl_c_while_streaming(folder, capsys, monkeypatch):
+    """The text so far stays on the screen."""
+    command = ["generate", "--model", folder / "calm", "--prompt", "The cat", "--stream"]
+    command += ["--max-new-tokens", 40]
+    whole, extend, steps = output_of(capsys, *command), TokenSequence.extend, []
+
+    def press(self, *drawn):
+        extend(self, *drawn)
+        steps.append(self.result().text)
+        if len(steps) == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TokenSequence, "extend", press)
+    assert cli.main([str(argument) for argument in command]) == 130
+    output = capsys.readouterr()
+    assert "interrupted" in output.err and output.out.endswith("\n")
+    kept = output.out.removesuffix("\n")
+    assert steps[10] and kept == "The cat" + steps[10] and whole.startswith(kept)
 
 
 def test_ctrl_c_elsewhere(capsys, monkeypatch):

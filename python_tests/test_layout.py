@@ -99,8 +99,9 @@ def test_imports_go_one_way() -> None:
         ["reference"],
         ["ops", "_native"],
         ["nn"],
-        ["sampling", "evaluation", "training", "generation", "losses", "brier"],
-        ["quickstart", "cli", "patch"],
+        ["sampling", "evaluation", "training", "losses", "brier"],
+        ["sequence", "engine", "generation"],
+        ["quickstart", "planning", "cli", "patch"],
     ]
     level = {name: depth for depth, names in enumerate(layers) for name in names}
     for path in sorted((ROOT / "calm_rt").rglob("*.py")):
