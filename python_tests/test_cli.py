@@ -1,7 +1,6 @@
 """Every command on a small corpus, and what each says to bad input: one line and exit code 2."""
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -11,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_runs import SENTENCES, SHORT, SIZES, output_of
 
 from calm_rt import checkpoint, cli
 from calm_rt.data import TokenShards
-from calm_rt.sequence import TokenSequence
 from calm_rt.training_state import STATE
 
 COMMANDS = [
@@ -30,73 +29,6 @@ COMMANDS = [
     "plan",
 ]
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "official_k4"
-SHORT = [
-    "--batch-size",
-    "4",
-    "--block-size",
-    "32",
-    "--evaluation-blocks",
-    "2",
-    "--warmup-steps",
-    "2",
-]
-SIZES = ["--hidden-size", "16", "--intermediate-size", "32"]
-SENTENCES = "The cat sat on the mat. A dog ran to the door! Who is there? It was the wind.\n"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A corpus, its shards, an autoencoder and a CALM of a few steps."""
-    folder = tmp_path_factory.mktemp("cli")
-    lines = [json.dumps({"text": SENTENCES[i % 40 :] * (i % 5 + 1)}) for i in range(60)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
-    data, autoencoder, calm = (str(folder / name) for name in ("data", "autoencoder", "calm"))
-    options = ["--vocab-size", "300", "--patch-size", "2", "--held-out", "0.3"]
-    assert cli.main(["tokenize", str(folder / "corpus.jsonl"), "--output", data, *options]) == 0
-    options = [*SIZES, "--latent-size", "8", "--steps", "4", *SHORT]
-    assert cli.main(["train-autoencoder", data, "--output", autoencoder, *options]) == 0
-    options = [
-        *SIZES,
-        "--num-hidden-layers",
-        "1",
-        "--num-attention-heads",
-        "2",
-        "--noise-size",
-        "4",
-    ]
-    options += ["--num-mlp-layers", "1", "--num-samples", "2", "--steps", "4", *SHORT]
-    options += ["--max-position-embeddings", "64", "--autoencoder", autoencoder]
-    assert cli.main(["train", data, "--output", calm, *options]) == 0
-    return folder
-
-
-@pytest.fixture
-def fails(capsys):
-    """Runs a command that must fail with one line that matches."""
-
-    def check(arguments, *words):
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        error = capsys.readouterr().err.strip()
-        line = error.splitlines()[-1]
-        assert code == 2, error
-        assert line.startswith("calm-rt") and "Traceback" not in error
-        assert all(word in line for word in words), line
-        return line
-
-    return check
-
-
-def output_of(capsys, *arguments):
-    capsys.readouterr()
-    assert cli.main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
-
-
-def lines_of(capsys, *arguments):
-    return [json.loads(line) for line in output_of(capsys, *arguments).splitlines()]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -145,42 +77,6 @@ def test_train_resume(folder, tmp_path, capsys):
     options = ["--output", tmp_path / "run", "--resume", "--steps", 6, "--json"]
     report = json.loads(output_of(capsys, "train-autoencoder", folder / "data", *options))
     assert report["step"] == 6 and 0 <= report["accuracy"] <= 1
-
-
-def test_generate(folder, capsys):
-    command = ["generate", "--model", folder / "calm", "--max-new-tokens", 9]
-    both = [*command, "--prompt", "The cat", "A dog"]
-    results = lines_of(capsys, *both, "--temperature", "1/2", "--json")
-    assert [(r["index"], r["prompt"]) for r in results] == [(0, "The cat"), (1, "A dog")]
-    assert all(len(r["ids"]) <= 9 and r["draws"] == 200 * r["steps"] for r in results)
-    again = lines_of(capsys, *both, "--temperature", "0.5", "--json", "--max-batch-size", 1)
-    assert [r["ids"] for r in again] == [r["ids"] for r in results]
-    plain = output_of(capsys, *both, "--temperature", "1/2")
-    assert all(r["prompt"] + r["text"] in plain for r in results)
-    [first] = lines_of(capsys, *command, "--prompt", "The cat", "--json")
-    streamed = output_of(capsys, *command, "--prompt", "The cat", "--stream")
-    assert streamed == first["prompt"] + first["text"] + "\n"
-
-
-def test_generate_from_files(folder, tmp_path, capsys, monkeypatch):
-    command = ["generate", "--model", folder / "calm", "--max-new-tokens", 3, "--json"]
-    expected = lines_of(capsys, *command, "--prompt", "The cat", "", "A dog")
-    (tmp_path / "prompts.txt").write_text("The cat\n\nA dog\n")
-    assert untimed(lines_of(capsys, *command, "--prompts", tmp_path / "prompts.txt")) == untimed(
-        expected
-    )
-    own = tmp_path / "prompts.jsonl"  # what the command writes it can read
-    own.write_text("".join(json.dumps(line) + "\n" for line in expected))
-    assert untimed(lines_of(capsys, *command, "--prompts", own)) == untimed(expected)
-    monkeypatch.setattr("sys.stdin", io.StringIO("The cat\n\nA dog\n"))
-    assert untimed(lines_of(capsys, *command, "--prompts", "-")) == untimed(expected)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\nprompt"))
-    [whole] = lines_of(capsys, *command)
-    assert whole["prompt"] == "one\nprompt"
-
-
-def untimed(lines):
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def test_evaluate(folder, capsys):
@@ -329,15 +225,6 @@ def test_bad_requests(folder, fails):
     fails([*evaluate, "--block-size", 3], "block_size")
 
 
-def test_bad_prompt_files(folder, fails, tmp_path):
-    generate = ["generate", "--model", folder / "calm", "--prompts"]
-    fails([*generate, tmp_path / "absent"], "absent")
-    file = tmp_path / "prompts.jsonl"
-    for wrong in ("no json", '"text"', '{"text": "x"}', '{"prompt": 3}'):
-        file.write_text(f'{{"prompt": "x"}}\n{wrong}\n')
-        fails([*generate, file], "prompts", "line 2", wrong)
-
-
 def test_unwritable_folder(folder, fails, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -375,26 +262,6 @@ def test_ctrl_c_in_training(folder, tmp_path, capsys, monkeypatch):
     command = ["train-autoencoder", folder / "data", "--output", tmp_path, "--resume"]
     report = json.loads(output_of(capsys, *command, "--steps", 6, "--json"))
     assert report["step"] == 6
-
-
-def test_ctrl_c_while_streaming(folder, capsys, monkeypatch):
-    """The text so far stays on the screen."""
-    command = ["generate", "--model", folder / "calm", "--prompt", "The cat", "--stream"]
-    command += ["--max-new-tokens", 40]
-    whole, extend, steps = output_of(capsys, *command), TokenSequence.extend, []
-
-    def press(self, *drawn):
-        extend(self, *drawn)
-        steps.append(self.result().text)
-        if len(steps) == 12:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(TokenSequence, "extend", press)
-    assert cli.main([str(argument) for argument in command]) == 130
-    output = capsys.readouterr()
-    assert "interrupted" in output.err and output.out.endswith("\n")
-    kept = output.out.removesuffix("\n")
-    assert steps[10] and kept == "The cat" + steps[10] and whole.startswith(kept)
 
 
 def test_ctrl_c_elsewhere(capsys, monkeypatch):

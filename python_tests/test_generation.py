@@ -272,5 +272,5 @@ def test_foreign_models_and_tokenizers(model):
 def test_damaged_weights_are_reported():
     damaged = build_model()
     damaged.transformer.norm.weight.data[3] = torch.nan
-    with pytest.raises(NonFiniteError, match="sequence 0, step 0: .* NaN or inf .*1 more"):
+    with pytest.raises(NonFiniteError, match=r"sequence 0, step 0: .* NaN or inf .*1 more"):
         Generator(damaged).generate([[1], [2]], max_new_tokens=4)

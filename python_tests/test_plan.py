@@ -8,9 +8,8 @@ import sys
 import pytest
 import torch
 
-from calm_rt import cli
 from calm_rt.nn import AutoencoderConfig, CalmConfig
-from calm_rt.planning import plan_generation, plan_training
+from calm_rt.planning import plan_generation
 
 SIZES = {"patch_size": 4, "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688}
 MODEL = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_mlp_layers": 3, "latent_size": 64}
