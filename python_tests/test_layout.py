@@ -94,13 +94,18 @@ def test_files_keep_their_shape(path: Path) -> None:
 
 @needs_checkout
 def test_imports_go_one_way() -> None:
-    """reference <- ops <- nn <- sampling, evaluation, training, generation <- patch, cli."""
+    """reference <- ops <- nn <- sampling, evaluation, training <- generation <- patch, cli."""
     layers = [
         ["reference"],
         ["ops", "_native"],
         ["nn"],
+        ["draws"],
+        ["pool"],
+        ["rejection"],
         ["sampling", "evaluation", "training", "losses", "brier"],
-        ["sequence", "engine", "generation"],
+        ["sequence"],
+        ["engine"],
+        ["generation"],
         ["quickstart", "planning", "cli", "patch"],
     ]
     level = {name: depth for depth, names in enumerate(layers) for name in names}

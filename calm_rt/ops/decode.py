@@ -1,5 +1,7 @@
 """The autoencoder's decoder: a latent vector to the tokens of a patch."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,11 +48,49 @@ def decode_hidden(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6
     returns: [R, K, H], with gradients.
     Raises ValueError for other shapes, types or devices.
     """
+    hidden = decode_patch(latents, weights, eps=eps)
+    hidden = F.linear(hidden, *weights.expand).unflatten(-1, (-1, weights.norm.shape[0]))
+    return _decode_tokens(hidden, weights, eps)
+
+
+def decode_patch(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Tensor:
+    """The part of the decoder that all slots share; `decode_slots` goes on from it.
+
+    latents: [R, L].
+    weights: of the decoder.
+    returns: [R, H], with gradients.
+    Raises ValueError for other shapes, types or devices.
+    """
     _check(latents, weights)
     hidden = F.linear(latents, *weights.latent)
     for layer in weights.patch_layers:
         hidden = gated_mlp(hidden, *layer, eps=eps)
-    hidden = F.linear(hidden, *weights.expand).unflatten(-1, (-1, weights.norm.shape[0]))
+    return hidden
+
+
+def decode_slots(
+    hidden: Tensor, rows: Sequence[Tensor], weights: DecoderWeights, *, eps: float = 1e-6
+) -> Tensor:
+    """The most probable token in chosen slots of chosen patches.
+
+    hidden: [R, H], of `decode_patch`.
+    rows: for each of the K slots the rows of hidden that are wanted, [N_k] int64.
+    weights: of the decoder.
+    returns: [N_0 + N_1 + ...] int64, slot after slot; no gradient.
+    Raises ValueError for another number of slots.
+    """
+    slots = weights.expand.weight.unflatten(0, (-1, hidden.shape[1]))  # [K, H, H]
+    biases = weights.expand.bias.unflatten(0, slots.shape[:2])
+    check(len(rows) == len(slots), "rows", f"those of {len(slots)} slots", len(rows))
+    wanted = [
+        F.linear(hidden[of_slot], slot, bias)
+        for of_slot, slot, bias in zip(rows, slots, biases, strict=True)
+    ]
+    return linear_argmax(_decode_tokens(torch.cat(wanted), weights, eps), weights.vocabulary)
+
+
+def _decode_tokens(hidden: Tensor, weights: DecoderWeights, eps: float) -> Tensor:
+    """What is done to every slot by itself.  [..., H] -> [..., H]."""
     for layer in weights.token_layers:
         hidden = gated_mlp(hidden, *layer, eps=eps)
     return reference.rms_norm(hidden, weights.norm, eps)
