@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calm_rt.nn import Calm, KVCache
 from calm_rt.ops.check import check
-from calm_rt.sampling import sample_patches
+from calm_rt.sampling import BudgetError, sample_patches
 from calm_rt.sequence import TokenSequence
 
 PREFILL_CHUNK = 1024  # patches: their activations take less than the weights of any usual backbone
@@ -82,11 +82,13 @@ class Engine:
         self._release_finished()  # those whose states are not finite
         groups: dict[object, list[int]] = {}
         for slot, sequence in enumerate(self.sequences):
-            key = slot if self.batch_invariant else sequence.sampling
+            # known tokens apart: at temperature 1 they take a pool, which would change free draws
+            shared = (sequence.sampling, bool(sequence.known))
+            key = slot if self.batch_invariant else shared
             groups.setdefault(key, []).append(slot)
         for slots in groups.values():
             self._draw(slots)
-        return list(self.sequences)
+        return [sequence for sequence in self.sequences if not sequence.error]
 
     def release(self, sequence: TokenSequence) -> None:
         """Frees the sequence's slot, finished or not; nothing happens where it has none."""
@@ -159,15 +161,21 @@ class Engine:
         sequences = [self.sequences[slot] for slot in slots]
         rows = self._tensor([sequence.name << 32 | sequence.steps for sequence in sequences])
         prefix = None
-        if any(sequence.left_over and not sequence.steps for sequence in sequences):
-            prefix = self._tensor([sequence.prefix for sequence in sequences])
-        sample = sample_patches(
-            self.model,
-            self.hidden[self._tensor(slots)],
-            rows=rows,
-            prefix=prefix,
-            **sequences[0].sampling._asdict(),
-        )
+        if sequences[0].known:
+            free = [-1] * self.model.config.patch_size
+            known = [sequence.known for sequence in sequences]
+            prefix = self._tensor([tokens + free[len(tokens) :] for tokens in known])
+        settings = sequences[0].sampling._asdict()
+        hidden = self.hidden[self._tensor(slots)]
+        try:
+            sample = sample_patches(self.model, hidden, rows=rows, prefix=prefix, **settings)
+        except BudgetError as error:
+            if len(slots) == 1:
+                sequences[0].fail(str(error))
+            else:  # each alone: the same draws again, so the others get what they would have got
+                for slot in slots:
+                    self._draw([slot])
+            return
         columns = (column.tolist() for column in sample)
         for sequence, *drawn in zip(sequences, *columns, strict=True):
             sequence.extend(*drawn)

@@ -13,17 +13,17 @@ from calm_rt.data import Tokenizer
 from calm_rt.engine import PREFILL_CHUNK, Engine
 from calm_rt.nn import Calm
 from calm_rt.ops.check import check
-from calm_rt.sampling import sample_patches
+from calm_rt.sampling import MAX_DRAWS, sample_patches
 from calm_rt.sequence import (
     Generation,
+    GenerationError,
     GenerationOptions,
-    NonFiniteError,
     Sampling,
     TokenSequence,
     start_id,
 )
 
-__all__ = ["Generation", "Generator", "NonFiniteError"]
+__all__ = ["Generation", "GenerationError", "Generator"]
 
 MAX_BATCH_SIZE = 32
 
@@ -90,7 +90,7 @@ class Generator:
         temperature: float | Fraction | str = 1,
         num_candidates: int = 200,
         method: str = "pool",
-        max_draws: int = 10_000,
+        max_draws: int = MAX_DRAWS,
         on_budget: str = "raise",
         seed: int = 0,
         stop: Sequence[str] = (),
@@ -110,8 +110,9 @@ class Generator:
             0, 1, ....
         returns: one Generation a prompt, in order.
         raises: ValueError for prompts, lengths or settings that do not fit the model.
-            NonFiniteError, which has all results, when hidden states of a sequence were NaN or
-            inf: it ended there, all others were finished before the error is raised.
+            GenerationError, which has all results, where hidden states of a sequence were NaN or
+            inf, or max_draws were used up under on_budget="raise": it ended there, and all others
+            were finished before the error is raised.
         """
         results = self.results(
             prompts,
@@ -129,7 +130,7 @@ class Generator:
         generations = [generation for _, generation in sorted(results, key=itemgetter(0))]
         errors = [generation.error for generation in generations if generation.error]
         if errors:
-            raise NonFiniteError(_all_errors(errors), generations)
+            raise GenerationError(_all_errors(errors), generations)
         return generations
 
     def results(
@@ -142,7 +143,7 @@ class Generator:
         """Continues all prompts and yields (index of the prompt, Generation) as each finishes.
 
         options: those of `generate`.
-        raises: ValueError as `generate`, at once; never NonFiniteError: look at `error`.
+        raises: ValueError as `generate`, at once; never GenerationError: look at `error`.
         """
         return self._run(self._sequences(prompts, sequence_ids, options))
 
@@ -151,8 +152,8 @@ class Generator:
 
         The pieces together are the text that `generate` returns for the same arguments.
         options: those of `generate`.
-        raises: ValueError as `generate`, at once, and without a tokenizer; NonFiniteError after the
-            text that was drawn before.
+        raises: ValueError as `generate`, at once, and without a tokenizer; GenerationError behind
+            the text that was drawn before.
         """
         check(self.tokenizer is not None, "tokenizer", "one to turn tokens into text", None)
         [sequence] = self._sequences([prompt], [sequence_id], options)
@@ -273,7 +274,7 @@ class Generator:
             if piece := sequence.unsent():
                 yield piece
         if sequence.error:
-            raise NonFiniteError(sequence.error, [sequence.result()])
+            raise GenerationError(sequence.error, [sequence.result()])
 
 
 def _all_errors(errors: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from calm_rt.data import Tokenizer
 from calm_rt.nn import CalmConfig
 from calm_rt.ops.check import check
+from calm_rt.sampling import MAX_DRAWS
 
 PROMPTS = ("align", "constrain")
 
@@ -35,7 +36,7 @@ class GenerationOptions:
     temperature: float | Fraction | str = 1
     num_candidates: int = 200
     method: str = "pool"
-    max_draws: int = 10_000
+    max_draws: int = MAX_DRAWS
     on_budget: str = "raise"
     seed: int = 0
     stop: Sequence[str] = ()
@@ -67,8 +68,8 @@ class Generation:
     error: str | None = None  # why it ended early; what was drawn before is here
 
 
-class NonFiniteError(ValueError):
-    """Hidden states of some sequences were NaN or inf; all others were finished.
+class GenerationError(ValueError):
+    """Some sequences could not go on; all others were finished.
 
     generations: of all prompts, in order; those with an `error` ended early.
     """
@@ -127,10 +128,9 @@ class TokenSequence:
         return -(-tokens // self._patch_size)
 
     @property
-    def prefix(self) -> list[int]:
-        """What is known of the next patch: [K], -1 where it is free."""
-        known = [] if self.steps else self.left_over
-        return known + [-1] * (self._patch_size - len(known))
+    def known(self) -> list[int]:
+        """The first tokens of the next patch, as far as the prompt has them."""
+        return [] if self.steps else self.left_over
 
     def start(self) -> None:
         """The clock of this sequence starts."""
@@ -139,9 +139,9 @@ class TokenSequence:
     def extend(self, patch: list[int], draws: int, slots: int, exact: bool) -> None:
         """Appends the tokens of a drawn patch up to EOS, a stop text or max_new_tokens.
 
-        patch: [K], beginning with what `prefix` knows.  draws, slots, exact: see `PatchSample`.
+        patch: [K], beginning with the known tokens.  draws, slots, exact: see `PatchSample`.
         """
-        known = 0 if self.steps else len(self.left_over)
+        known = len(self.known)
         self.steps, self.last_patch, self.unread = self.steps + 1, patch, True
         self._draws, self._slots = self._draws + draws, self._slots + slots
         self._exact = self._exact and exact

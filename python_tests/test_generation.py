@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calm_rt import engine, generation
-from calm_rt.generation import Generator, NonFiniteError
+from calm_rt.generation import GenerationError, Generator
 from calm_rt.nn import AutoencoderConfig, Calm, CalmConfig
 from calm_rt.sampling import PatchSample, sample_patches
 
@@ -272,5 +272,22 @@ def test_foreign_models_and_tokenizers(model):
 def test_damaged_weights_are_reported():
     damaged = build_model()
     damaged.transformer.norm.weight.data[3] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"sequence 0, step 0: .* NaN or inf .*1 more"):
+    with pytest.raises(GenerationError, match=r"sequence 0, step 0: .* NaN or inf .*1 more"):
         Generator(damaged).generate([[1], [2]], max_new_tokens=4)
+
+
+def test_a_stream_ends_with_the_error_behind_its_text(scripted, monkeypatch):
+    generator = scripted("abcdefghijkl")
+    extend_well = engine.TokenSequence.extend
+
+    def extend(self, *drawn):
+        extend_well(self, *drawn)
+        if self.steps == 2:
+            self.fail("planted")
+
+    monkeypatch.setattr(engine.TokenSequence, "extend", extend)
+    pieces = []
+    with pytest.raises(GenerationError, match="sequence 0, step 2: planted"):
+        for piece in generator.stream("x", max_new_tokens=12):
+            pieces.append(piece)
+    assert "".join(pieces) == "abcdefgh"
