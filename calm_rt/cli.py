@@ -18,6 +18,7 @@ from calm_rt.options import (
     MODEL_OPTIONS,
     PLAN_OPTIONS,
     PLAN_SIZES,
+    SAMPLING_OPTIONS,
     TRAINING_OPTIONS,
 )
 
@@ -171,24 +172,6 @@ def _add_generate(commands) -> None:
         help='one prompt a line (- for standard input); in a .jsonl file {"prompt": TEXT} a line',
     )
     command.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
-    command.add_argument(
-        "--temperature", default="1", help="1, 1/2, 1/3, ... or 0 (default: 1)", metavar="T"
-    )
-    command.add_argument(
-        "--num-candidates", type=int, default=200, help="pool below temperature 1 (default: 200)"
-    )
-    command.add_argument(
-        "--method",
-        default="pool",
-        help="pool, or exact: algorithm 1, for any temperature in (0, 1) (default: pool)",
-    )
-    command.add_argument(
-        "--max-draws", type=int, default=10_000, help="budget of a patch (default: 10000)"
-    )
-    command.add_argument(
-        "--on-budget", default="raise", help="beyond it: raise, or pool (default: raise)"
-    )
-    command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--stop", action="append", default=[], help="text that ends the writing")
     command.add_argument(
         "--constrain",
@@ -205,6 +188,7 @@ def _add_generate(commands) -> None:
     command.add_argument("--stream", action="store_true", help="print text as it comes (1 prompt)")
     _add_device(command)
     command.add_argument("--json", action="store_true", help="one JSON object a line and prompt")
+    _add_options(command, "sampling", SAMPLING_OPTIONS)
 
 
 def _add_evaluate(commands) -> None:

@@ -14,6 +14,7 @@ from calm_rt import checkpoint, evaluation, training
 from calm_rt.arguments import (
     device_of,
     documents_of,
+    given_options,
     load_model,
     prompts_of,
     run_settings,
@@ -31,19 +32,8 @@ from calm_rt.data import (
 from calm_rt.generation import Generation, Generator
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check
-from calm_rt.options import AUTOENCODER_OPTIONS, MODEL_OPTIONS
+from calm_rt.options import AUTOENCODER_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS
 from calm_rt.training_state import TrainingState, copy_tokenizer
-
-GENERATE_OPTIONS = (
-    "max_new_tokens",
-    "temperature",
-    "num_candidates",
-    "method",
-    "max_draws",
-    "on_budget",
-    "seed",
-    "stop",
-)
 
 
 def quickstart(options: Namespace) -> None:
@@ -107,8 +97,12 @@ def generate(options: Namespace) -> None:
         batch_invariant=options.batch_invariant,
     )
     prompts = prompts_of(options)
-    arguments = {name: getattr(options, name) for name in GENERATE_OPTIONS}
-    arguments["prompt"] = "constrain" if options.constrain else "align"
+    arguments = {
+        "max_new_tokens": options.max_new_tokens,
+        "stop": options.stop,
+        "prompt": "constrain" if options.constrain else "align",
+        **given_options(options, SAMPLING_OPTIONS),
+    }
     if options.stream:
         check(len(prompts) == 1, "stream", "one prompt", len(prompts))
         check(not options.json, "stream", "no --json", "both")

@@ -41,6 +41,14 @@ MODEL_OPTIONS = [
     ("max-position-embeddings", int, "patches in the longest text"),
     ("num-targets", int, "target draws of the energy score"),
 ]
+SAMPLING_OPTIONS = [  # defaults are those of calm_rt.sequence.GenerationOptions
+    ("temperature", str, "1, 1/2, 1/3, ... or 0; any in (0, 1] with --method exact (default: 1)"),
+    ("num-candidates", int, "draws in the pool below temperature 1 (default: 200)"),
+    ("method", str, "pool, or exact: draws are rejected until one is right (default: pool)"),
+    ("max-draws", int, "of a patch, with --method exact or --constrain (default: 10000)"),
+    ("on-budget", str, "what follows when --method exact has made them: raise or pool"),
+    ("seed", int, "of all draws (default: 0)"),
+]
 PLAN_OPTIONS = [
     ("batch-size", 1, "sequences at once, blocks of a training step"),
     ("num-candidates", 200, "draws of a step; 1 for temperature 1"),

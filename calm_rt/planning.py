@@ -2,8 +2,9 @@
 
 Memory that torch holds is counted on fake tensors, which have shapes and no data: the code itself
 runs, so no second description of it can grow wrong. What kernels hold for themselves is added by
-formula. Arithmetic is that of the matrix products (costs.py for the ops, torch's own counter for
-the backbone); at small batches reading the weights takes longer than the arithmetic does.
+formula; not what a library packs for itself, which on a CPU may be a second copy of 16-bit weights.
+Arithmetic is that of the matrix products (costs.py for the ops, torch's own counter for the
+backbone); at small batches reading the weights takes longer than the arithmetic does.
 """
 
 import statistics
@@ -21,10 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from calm_rt import benchmark, costs
+from calm_rt.draws import Draws
 from calm_rt.engine import PREFILL_CHUNK
 from calm_rt.losses import energy_loss
 from calm_rt.nn import AutoencoderConfig, Calm, CalmConfig, KVCache, fold_encoder
 from calm_rt.ops.check import check
+from calm_rt.sampling import POOL_BYTES
 from calm_rt.training_state import build_optimizer
 
 RATE_SIZE = 1024  # of the square product that measures a machine's rate
@@ -69,9 +72,10 @@ def plan_generation(
 
     batch_size: sequences at once.  num_candidates: draws of a step, 1 at temperature 1.
     returns: parameters, and bytes: parameter_bytes, cache_bytes, activation_bytes (of the largest
-        forward pass), pool_bytes (of a step's draws), peak_bytes; flop of reading all prompts, and
-        of a step of the batch: backbone, head and decode, the last for all slots of all draws (the
-        lazy pool decodes a share of them).
+        forward pass), draw_bytes (of a step's draws), peak_bytes, and most_bytes, the peak where
+        all draws are equal and none can be ruled out early; flop of reading all prompts, and of a
+        step of the batch: backbone, head and decode, the last for all slots of all draws (the lazy
+        pool decodes a share of them).
     raises: ValueError for sizes below 1 or a text longer than the model's longest.
     """
     _check_counts(batch_size=batch_size, num_candidates=num_candidates, prefill_chunk=prefill_chunk)
@@ -91,7 +95,7 @@ def plan_generation(
             model.hidden_states(_ids(batch_size, size), cache)
         model.hidden_states(_ids(batch_size, width * size), cache)
         activations = memory.peak - held
-        pool = _pool_bytes(model, batch_size, num_candidates)
+        draws, most_draws = _draw_memory(model, memory, batch_size, num_candidates)
         with FlopCounterMode(display=False) as prefill:
             model.hidden_states(_ids(1, prompt * size))
         flop = {
@@ -104,8 +108,9 @@ def plan_generation(
         "parameter_bytes": parameters,
         "cache_bytes": held - parameters,
         "activation_bytes": activations,
-        "pool_bytes": pool,
-        "peak_bytes": held + max(activations, pool),
+        "draw_bytes": draws,
+        "peak_bytes": held + max(activations, draws),
+        "most_bytes": held + max(activations, most_draws),
         "flop": flop,
         "flop_per_step": sum(flop.values()) - flop["prompts"],
         "tokens_per_step": batch_size * size,
@@ -216,12 +221,32 @@ def _sampling_flop(model: Calm, batch_size: int, num_candidates: int) -> dict[st
     }
 
 
-def _pool_bytes(model: Calm, batch_size: int, num_candidates: int) -> int:
-    """What a step's draws hold: latents, and what `decode` holds between its kernels."""
-    count, item = batch_size * num_candidates, model.transformer.norm.weight.itemsize
-    size = model.ae_model.config.hidden_size
-    slot = size * item + size + costs.ID_BYTES  # the hidden state, its 8-bit twin, the token
-    return count * (model.config.latent_size * item + model.config.patch_size * slot)
+def _draw_memory(
+    model: Calm, memory: LiveMemory, batch_size: int, num_candidates: int
+) -> tuple[int, int]:
+    """What a step's draws hold: as a rule, and at most.
+
+    A pool decodes one slot of all candidates, and then few. At most, where all its candidates are
+    equal, it decodes all other slots at once.
+    """
+    held, config = memory.live, model.ae_model.config
+    hidden = torch.empty(batch_size, model.config.hidden_size)
+    if num_candidates == 1:
+        memory.peak = held
+        model.ae_model.decode(model.sample(hidden, 1, 0)[0])
+        return memory.peak - held, memory.peak - held
+    size_of_draw = hidden.itemsize * (config.latent_size + 2 * config.hidden_size)
+    contexts = min(batch_size, max(1, POOL_BYTES // (num_candidates * size_of_draw)))
+    peaks = []
+    for slots in (1, config.patch_size - 1):
+        memory.peak = memory.live
+        draws = Draws(model, hidden[:contexts], torch.tensor(0), torch.arange(contexts))
+        states = draws.draw(0, num_candidates).flatten(0, 1)
+        every = torch.arange(len(states))
+        draws.decode(states, [every] * slots + [every[:0]] * (config.patch_size - slots))
+        peaks.append(memory.peak - held)
+        del states
+    return peaks[0], max(peaks)
 
 
 def _loss_flop(model: Calm, ids: Tensor, num_targets: int) -> int:

@@ -60,6 +60,7 @@ def measured_peak(setting, dtype):
         ((1, 64, 8, 200, 1024), "float32"),
         ((8, 2048, 8, 1, 1024), "float32"),
         ((16, 256, 8, 100, 4096), "float32"),
+        ((32, 64, 4, 500, 1024), "float32"),
     ],
 )
 def test_predicted_peak_is_within_15_percent(setting, dtype):
