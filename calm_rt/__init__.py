@@ -19,7 +19,9 @@ _LAZY = {
     "load": "checkpoint",
     "load_tokenizer": "data",
     "nn": "nn",
+    "patch": "patching",
     "save": "checkpoint",
+    "unpatch": "patching",
 }
 
 __all__ = ["NativeUnavailable", "backend", "info", "ops", "reference", *_LAZY]

@@ -94,7 +94,7 @@ def test_files_keep_their_shape(path: Path) -> None:
 
 @needs_checkout
 def test_imports_go_one_way() -> None:
-    """reference <- ops <- nn <- sampling, evaluation, training <- generation <- patch, cli."""
+    """reference <- ops <- nn <- sampling, evaluation, training <- generation <- patching, cli."""
     layers = [
         ["reference"],
         ["ops", "_native"],
@@ -106,7 +106,7 @@ def test_imports_go_one_way() -> None:
         ["sequence"],
         ["engine"],
         ["generation"],
-        ["quickstart", "planning", "cli", "patch"],
+        ["quickstart", "planning", "cli", "patching", "patched"],
     ]
     level = {name: depth for depth, names in enumerate(layers) for name in names}
     for path in sorted((ROOT / "calm_rt").rglob("*.py")):

@@ -1,0 +1,107 @@
+"""Instances of the official classes: recognised by structure, seen as our modules.
+
+Nothing here imports the official code. A view is one of our modules whose parameter dictionaries
+are those of the official module, so it follows whatever happens to them (training, .to, loading)
+and holds no parameter of its own. It is only made where names and shapes agree with ours one by
+one: an adapter or a quantised layer, whose arithmetic is another, does not.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, EnergyHead
+from calm_rt.ops.check import check
+
+AUTOENCODER, ENERGY = "Autoencoder", "EnergyTransformer"
+KINDS = (AUTOENCODER, ENERGY, "DiffusionTransformer", "FlowTransformer")
+OUTPUTS = {AUTOENCODER: "CausalLMOutputWithPast"}  # what forward returns, by kind
+OUTPUT = "CustomCausalLMOutput"  # of all others
+PARTS = {AUTOENCODER: ("encoder", "decoder", "ae_dropout", "kl_clamp", "kl_weight")}
+MODEL_PARTS = ("ae_model", "transformer", "embed_proj", "generative_head")
+ALIASES = ("mlp_generator.",)  # a second name of generative_head
+STANDARD = (nn.Linear, nn.LayerNorm, nn.Embedding)  # their forward is what a view computes
+
+
+def official_class(model: nn.Module) -> type:
+    """The official class that an instance is of, itself or through a subclass.
+
+    raises: ValueError for anything else, naming what is missing.
+    """
+    names = f"an instance of the official {', '.join(KINDS)}"
+    ours = type(model).__module__.startswith("calm_rt.")
+    got = f"calm_rt's own {type(model).__name__}, which needs no patch"
+    check(isinstance(model, nn.Module), "model", names, type(model).__name__)
+    check(not ours, "model", names, got)
+    found = next((cls for cls in type(model).__mro__ if cls.__name__ in KINDS), None)
+    check(found is not None, "model", names, type(model).__name__)
+    for part in ("config", "patch_size", *PARTS.get(found.__name__, MODEL_PARTS)):
+        got = f"a {found.__name__} without {part}"
+        check(hasattr(model, part), "model", names, got)
+    return found
+
+
+def output_class(official: type) -> type:
+    """The class of what an official forward returns, from the module that defines it.
+
+    raises: ValueError where that module has no such name.
+    """
+    name, module = OUTPUTS.get(official.__name__, OUTPUT), official.__module__
+    found = getattr(sys.modules.get(module), name, None)
+    check(found is not None, module, f"a class {name}", "none")
+    return found
+
+
+def view_of_autoencoder(official: nn.Module) -> Autoencoder:
+    """raises: ValueError for sizes or parameters that are not those of our Autoencoder."""
+    config = AutoencoderConfig.from_dict(_config(official))
+    with torch.device("meta"):
+        view = Autoencoder(config)
+    return _share(view, official).eval()
+
+
+def view_of_head(official: nn.Module, config: Any) -> EnergyHead:
+    """raises: ValueError for sizes or parameters that are not those of our EnergyHead."""
+    with torch.device("meta"):
+        view = EnergyHead(CalmConfig.from_dict(_as_dict(config)))
+    return _share(view, official)
+
+
+def view_of_model(official: nn.Module) -> Calm:
+    """raises: ValueError for sizes or parameters that are not those of our Calm."""
+    inner = AutoencoderConfig.from_dict(_config(official.ae_model))
+    with torch.device("meta"):
+        view = Calm(CalmConfig.from_dict(_config(official)), inner)
+    return _share(view, official).eval()
+
+
+def _share(view: nn.Module, official: nn.Module) -> nn.Module:
+    wanted, given = _shapes(view), _shapes(official)
+    for name in sorted(wanted.keys() | given.keys()):
+        shape, other = wanted.get(name), given.get(name)
+        expected = "no such parameter" if shape is None else f"shape {shape}"
+        check(shape == other, name, expected, "none" if other is None else f"shape {other}")
+    for path, module in view.named_modules():
+        if not module._parameters:
+            continue
+        source = official.get_submodule(path)
+        standard = isinstance(module, STANDARD)
+        plain = not standard or type(source).forward is type(module).forward
+        check(plain, path, f"a plain {type(module).__name__}", type(source).__name__)
+        module._parameters = source._parameters
+    return view
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {n: list(p.shape) for n, p in parameters if not n.startswith(ALIASES)}
+
+
+def _config(official: nn.Module) -> dict[str, Any]:
+    return _as_dict(official.config)
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    return config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))

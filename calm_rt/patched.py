@@ -1,0 +1,335 @@
+"""What the methods of official instances become: the same results by the ops.
+
+Each function is bound to an instance in place of the official method of the same name and keeps
+its signature. What it needs stands in `Patch`, on the instance; where that is gone, because the
+model was unpatched while somebody else's wrapper kept the method, the official method runs.
+Random numbers come from torch's generator of the device as one seed a call, and from there by
+logical rows, so torch.manual_seed repeats them and ranks with equal seeds still draw apart.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calm_rt import ops
+from calm_rt.brier import ORDERS, brier_from_predictions
+from calm_rt.evaluation import brier_lm
+from calm_rt.generation import Generator
+from calm_rt.losses import MASK_ID
+from calm_rt.nn import Autoencoder, Calm, EnergyHead
+from calm_rt.ops.check import check
+from calm_rt.reference import Stream
+from calm_rt.sampling import parse_temperature, sample_patches
+
+IGNORED = -100  # a label that is no target
+NUM_TARGETS = 100  # M, a constant of the official energy_score
+ATTRIBUTE = "_calm_rt_patch"  # of a patched module: its Patch
+RANK_BITS = 40  # rows of one call that a rank has to itself
+
+
+@dataclass
+class Patch:
+    """What is replaced in a model, and what stands in for it."""
+
+    official: type  # the class whose methods are replaced
+    output: type | None = None  # of what forward returns
+    autoencoder: Autoencoder | None = None  # views, see official_models
+    head: EnergyHead | None = None
+    model: Calm | None = None
+    keep_bugs: frozenset[str] = frozenset()
+    switches: set[str] = field(default_factory=set)  # what is replaced
+    installed: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    undo: list[Any] = field(default_factory=list)  # further calls that unpatching makes
+
+
+def seed_on(device: torch.device) -> Tensor:
+    """A seed from torch's generator of the device: [] int64."""
+    return torch.randint(2**62, (), device=device)
+
+
+def rows_on(device: torch.device, count: int) -> Tensor:
+    """Row ids that no other rank has: [R] int64."""
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if parallel else 0
+    return torch.arange(count, device=device) + (rank << RANK_BITS)
+
+
+def autoencoder_forward(
+    self: nn.Module, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+) -> Any:
+    """`Autoencoder.forward` without logits: the loss is the same, `logits` is None.
+
+    input_ids, labels: [..., K] int64, any number of patches.
+    """
+    patch = _active(self)
+    if patch is None:
+        return type(self).forward(self, input_ids=input_ids, labels=labels, **kwargs)
+    view, training, p = patch.autoencoder, self.training, self.ae_dropout
+    inputs = input_ids.reshape(-1, self.patch_size)  # [R, K]
+    seed, rows = seed_on(inputs.device), rows_on(inputs.device, len(inputs))
+    if training:
+        options = {"seed": seed, "stream": Stream.TOKEN_MASK, "distribution": "uniform"}
+        masked_out = ops.noise(rows, 1, self.patch_size, **options)[0] < p
+        inputs = torch.where(masked_out, MASK_ID, inputs)
+    posterior = view.encode(inputs)  # [R, 1, L] each
+    wide = torch.promote_types(posterior[0].dtype, torch.float32)
+    mean, log_std = (value.squeeze(1).to(wide) for value in posterior)
+    size = mean.shape[1]
+    eps = ops.noise(rows, 1, size, seed=seed, stream=Stream.LATENT, dtype=wide)[0]
+    latents = mean + log_std.exp() * eps
+    if training:
+        options = {"seed": seed, "stream": Stream.DROPOUT, "distribution": "uniform"}
+        latents = latents * (ops.noise(rows, 1, size, **options)[0] >= p) / (1 - p)
+    vocabulary = view.decoder.lm_head_weight
+    if not torch.is_autocast_enabled(vocabulary.device.type):
+        latents = latents.to(vocabulary.dtype)
+    hidden = view.decoder(latents).flatten(0, 1)  # [R K, H]
+    loss = ops.linear_cross_entropy(hidden, vocabulary, labels.reshape(-1))
+    if training:
+        kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
+        loss = loss * self.patch_size + kl.clamp(min=self.kl_clamp).sum(-1).mean() * self.kl_weight
+    return patch.output(loss=loss)
+
+
+def model_forward(
+    self: nn.Module, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+) -> Any:
+    """The forward of the official language models, by the ops where their switches are on.
+
+    input_ids: [B, P K] int64.
+    labels: [B, P K] int64; a patch with a label of -100 is no target.
+    """
+    patch = _active(self)
+    if patch is None:
+        return type(self).forward(self, input_ids=input_ids, labels=labels, **kwargs)
+    size, batch = self.patch_size, len(input_ids)
+    tokens = self.transformer.embed_tokens(input_ids)
+    embeds = self.embed_proj(tokens.view(batch, -1, size * tokens.shape[-1])[:, :-1])
+    outputs = self.transformer(inputs_embeds=embeds)
+    hidden, patches, weight = _targets_of(patch, outputs[0], labels, size)
+
+    if "encoder_target" in patch.switches:
+        mean, log_std = (part[0] for part in patch.autoencoder.encode(patches.reshape(1, -1)))
+    else:
+        latents = self.ae_model.encoder(input_ids=patches.reshape(1, -1))
+        mean, log_std = latents.squeeze(0).chunk(2, -1)  # [R, L]
+
+    draws = None
+    if patch.head is not None:
+        draws = _draws(self, patch, hidden, self.num_samples)
+        values = -self.energy_score(draws, mean, log_std)  # [R]
+    else:
+        repeated = hidden.unsqueeze(0).repeat(self.num_samples, 1, 1)
+        eps = torch.randn((self.num_samples, *mean.shape), device=mean.device)
+        targets = mean + eps * log_std.exp()
+        values = self.generative_head(z=repeated, target=targets)  # [S R]
+        values = values.view(self.num_samples, -1).mean(0)
+    loss = values.mean() if weight is None else (values * weight).sum() / weight.sum()
+    if self.training:
+        return patch.output(loss=loss)
+    if "eval_brier" in patch.switches and size < ORDERS:
+        return _brier_by_continuing(self, patch, input_ids, loss)
+    if draws is None:
+        draws = self.generative_head.sample(hidden.unsqueeze(0).repeat(2, 1, 1))
+    if size < ORDERS:
+        return self.eval_brier(draws, input_ids[:, size:], outputs, loss)
+    return self.eval_brier(draws, patches.reshape(1, -1), outputs, loss)
+
+
+def energy_score(self: nn.Module, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """`EnergyTransformer.energy_score`.  x: [S, ..., L].  mean, log_std: [..., L].
+    returns: [...]."""
+    shape, size = mean.shape[:-1], mean.shape[-1]
+    x = x.reshape(len(x), -1, size)
+    mean, log_std = mean.reshape(-1, size), log_std.reshape(-1, size)
+    score = ops.energy_score(
+        x,
+        mean,
+        log_std,
+        num_targets=NUM_TARGETS,
+        beta=self.beta,
+        seed=seed_on(x.device),
+        rows=rows_on(x.device, len(mean)),
+    )
+    return score.view(shape)
+
+
+def head_sample(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    """`MLPGenerator.sample`: one draw for each context.  [..., H] -> [..., L]."""
+    patch = _active(self)
+    if patch is None:
+        return type(self).sample(self, hidden_states)
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    draws = _sample(patch.head, flat, 1)[0]
+    return draws.view(*hidden_states.shape[:-1], -1)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def temperature_sampling(
+    self: nn.Module, hidden_states: Tensor, temperature: float = 0.5, num_samples: int = 200
+) -> Tensor:
+    """`CALM.temperature_sampling`.  hidden_states: [..., H].  returns: [..., K] int64."""
+    patch = _active(self)
+    if patch is None:
+        official = type(self).temperature_sampling
+        return official(self, hidden_states, temperature=temperature, num_samples=num_samples)
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if patch.model is not None:
+        patches = sample_patches(
+            patch.model,
+            hidden,
+            temperature=temperature,
+            num_candidates=num_samples,
+            seed=seed_on(hidden.device),
+            rows=rows_on(hidden.device, len(hidden)),
+        ).patches
+    else:
+        patches = _vote(self, patch, hidden, temperature, num_samples)
+    return patches.view(*hidden_states.shape[:-1], -1)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def eval_brier(
+    self: nn.Module, latent_predictions: Tensor, targets: Tensor, outputs: Any, loss: Tensor
+) -> Any:
+    """`CALM.eval_brier` for K >= 4, from all pairs of the draws.
+
+    latent_predictions: [S, ..., L].  targets: [B, P K] int64.
+    """
+    patch = _active(self)
+    if patch is None:
+        return type(self).eval_brier(self, latent_predictions, targets, outputs, loss)
+    draws, patches = latent_predictions, targets.reshape(-1, self.patch_size)
+    if "one_pair_of_draws" in patch.keep_bugs:
+        draws = draws[:2]
+    draws = draws.reshape(-1, draws.shape[-1])
+    if not torch.is_autocast_enabled(draws.device.type):
+        draws = draws.to(patch.autoencoder.decoder.lm_head_weight.dtype)
+    predictions = patch.autoencoder.decode(draws).view(-1, *patches.shape)  # [S, R, K]
+    brier = brier_from_predictions(predictions[..., :ORDERS], patches[:, :ORDERS]).mean(0).float()
+    return _with_brier(patch, loss, brier)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def generate(
+    self: nn.Module,
+    input_ids: Tensor,
+    max_length: int | None = 2048,
+    temperature: float | None = 0.5,
+    *,
+    max_new_tokens: int | None = None,
+    num_samples: int = 200,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """`CALM.generate`, also with a number of new tokens, a pool size and a seed.
+
+    input_ids: [B, T] int64; pad ids are no part of a prompt.
+    max_length: of prompt and continuation in tokens, unless max_new_tokens is given.
+    seed: None takes one from torch's generator.
+    kwargs: ignored, as the official code does.
+    returns: [B, longest] int64: prompt, continuation up to EOS, and pad ids.
+    """
+    patch = _active(self)
+    if patch is None:
+        options = kwargs | {"max_length": max_length, "temperature": temperature}
+        return type(self).generate(self, input_ids, **options)
+    self.eval()
+    pad, size = self.padding_idx, self.patch_size
+    if max_new_tokens is None:
+        max_new_tokens = max(0, max_length - input_ids.shape[1])
+    prompts = [[token for token in row if token != pad] for row in input_ids.tolist()]
+    if "prompt_padding" in patch.keep_bugs:
+        check(pad is not None, "prompt_padding", "a pad_token_id in the config", pad)
+        prompts = [row + [pad] * (-len(row) % size) for row in prompts]
+    if seed is None:
+        seed = int(seed_on(torch.device("cpu")))
+    generations = Generator(patch.model).generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        num_candidates=num_samples,
+        seed=seed,
+    )
+    rows = [
+        torch.tensor([t for t in prompt if t != pad] + generation.ids, dtype=torch.int64)
+        for prompt, generation in zip(prompts, generations, strict=True)
+    ]
+    fill = next((i for i in (pad, self.eos_token_id) if i is not None), 0)
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    return padded.to(input_ids.device)
+
+
+def _active(module: nn.Module) -> Patch | None:
+    return module.__dict__.get(ATTRIBUTE)
+
+
+def _targets_of(
+    patch: Patch, hidden: Tensor, labels: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Contexts [R, H] with the patch that follows each [R, K], and their weights [R] or None.
+
+    Compiled code keeps all rows and weighs them, for their number would depend on the labels.
+    """
+    labels = labels[:, size:]
+    if "label_masks" in patch.keep_bugs:
+        mask = labels.ne(IGNORED)
+        first = mask.view(len(labels), -1, size)[..., 0]
+        return hidden[first], labels[mask].view(-1, size), None
+    patches = labels.reshape(len(labels), -1, size)  # [B, P - 1, K]
+    mask = patches.ne(IGNORED).all(-1)
+    if torch.compiler.is_compiling():
+        patches = torch.where(mask[..., None], patches, 0).flatten(0, 1)
+        return hidden.flatten(0, 1), patches, mask.flatten().float()
+    return hidden[mask], patches[mask], None
+
+
+def _draws(model: nn.Module, patch: Patch, hidden: Tensor, count: int) -> Tensor:
+    """[S, R, L] draws of the energy head."""
+    if "head_sampling" in patch.switches:
+        return _sample(patch.head, hidden, count)
+    return model.generative_head.sample(hidden.unsqueeze(0).repeat(count, 1, 1))
+
+
+def _sample(head: EnergyHead, hidden: Tensor, count: int) -> Tensor:
+    return ops.sample_latents(
+        hidden,
+        head.weights(),
+        num_samples=count,
+        seed=seed_on(hidden.device),
+        rows=rows_on(hidden.device, len(hidden)),
+    )
+
+
+def _vote(
+    model: nn.Module, patch: Patch, hidden: Tensor, temperature: float, num_samples: int
+) -> Tensor:
+    """Algorithm 2 on draws of an official head: [B, K]."""
+    temperature = parse_temperature(temperature)
+    check(temperature > 0, "temperature", "1, 1/2, 1/3, ...", temperature)
+    count = 1 if temperature == 1 else num_samples
+    latents = model.generative_head.sample(hidden.unsqueeze(1).repeat(1, count, 1))
+    pool = patch.autoencoder.decode(latents)  # [B, S, K]
+    options = {"seed": seed_on(hidden.device), "rows": rows_on(hidden.device, len(hidden))}
+    chosen = ops.select_patch(pool, n=temperature.denominator, **options)
+    return pool[torch.arange(len(pool), device=pool.device), chosen]
+
+
+@torch.compiler.disable
+def _brier_by_continuing(model: nn.Module, patch: Patch, input_ids: Tensor, loss: Tensor) -> Any:
+    """The scores for K < 4, of every start in whole rows whatever the labels."""
+    draws = 2 if "one_pair_of_draws" in patch.keep_bugs else model.num_samples
+    seed = int(seed_on(torch.device("cpu")))
+    options = {"block_size": input_ids.shape[1], "num_bootstrap": 1}
+    score = brier_lm(patch.model, input_ids, num_draws=draws, seed=seed, **options)
+    return _with_brier(patch, loss, torch.tensor(score.brier, device=loss.device))
+
+
+def _with_brier(patch: Patch, loss: Tensor, brier: Tensor) -> Any:
+    names = {f"brier{n}": value for n, value in enumerate(brier, 1)}
+    return patch.output(loss=loss, **names)

@@ -1,0 +1,365 @@
+"""`calm_rt.patch(model)`: an instance of the official code runs on the ops, until `unpatch`.
+
+Methods become attributes of the one instance (see patched.py), so its class, other instances,
+parameters, state dict and checkpoints stay what they are.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from calm_rt import official_models, patched
+from calm_rt.nn import fold_encoder as fold
+from calm_rt.nn import folded_bytes
+from calm_rt.official_models import AUTOENCODER, ENERGY
+from calm_rt.ops.check import check
+from calm_rt.patched import ATTRIBUTE, Patch
+
+# switch: what stands in for the official code
+SWITCHES = {
+    "autoencoder_loss": "linear_cross_entropy, no [R, V] logits (outputs.logits is None)",
+    "encoder_target": "encode, without gradient and outside autocast",
+    "energy_score": "energy_score, no [S, M, R, L] differences",
+    "head_sampling": "sample_latents, contexts not repeated",
+    "temperature_sampling": "decode and select_patch, no logits, nothing on the host",
+    "eval_brier": "all pairs of draws, decoded without logits",
+    "generate": "calm_rt.Generator",
+}
+
+
+class Bug(NamedTuple):
+    """An official bug that patching cures."""
+
+    switches: tuple[str, ...]  # any of which brings the cure; none: it needs no switch
+    kinds: tuple[str, ...]  # of models that have it
+    cure: str
+
+
+ALL_MODELS = official_models.KINDS[1:]
+# name: as in keep_bugs; () as switches for what is cured by itself
+BUGS = {
+    "tied_embedding": Bug(
+        (), official_models.KINDS, "embedding and output projection were two parameters; tied"
+    ),
+    "missing_num_samples": Bug(
+        (), ALL_MODELS[1:], "num_samples was never set; taken from the configuration"
+    ),
+    "bf16_embeddings": Bug(
+        ("autoencoder_loss", "encoder_target"),
+        official_models.KINDS,
+        "train() made the encoder round its embeddings to bfloat16",
+    ),
+    "label_masks": Bug(
+        ("encoder_target", "head_sampling"),
+        ALL_MODELS,
+        "labels of -100 inside a patch shifted all later targets; such a patch is no target",
+    ),
+    "one_pair_of_draws": Bug(
+        ("eval_brier",), ALL_MODELS, "only 1 pair of all draws was scored, for K < 4 no last start"
+    ),
+    "prompt_padding": Bug(
+        ("generate",),
+        (ENERGY,),
+        "prompts were filled with pad ids at their end; BOS fills their beginning",
+    ),
+}
+# what no patch of an instance can reach
+NOT_CURED = {"DiffusionTransformer": {"diffusion_device": "the sampling loop itself calls .cuda()"}}
+# what comes with a switch and cannot be had without it
+CURED_BY = {
+    "energy_score": "beta < 1 and equal draws gave NaN gradients",
+    "temperature_sampling": "Python's random chose, unseeded by torch; 1/T had to be exact",
+    "generate": "tokens after EOS stayed; the length was overshot; no seed, no pool size",
+}
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did; as a context manager it unpatches at the end."""
+
+    name: str  # the class of the model
+    replaced: dict[str, str] = field(default_factory=dict)  # switch: what runs now
+    kept: dict[str, str] = field(default_factory=dict)  # switch: why the official code stays
+    cured: dict[str, str] = field(default_factory=dict)  # official bug: what it was
+    not_cured: dict[str, str] = field(default_factory=dict)  # official bug: why it stays
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        lines = [f"calm_rt.patch: {self.name}"]
+        for title in ("replaced", "kept", "cured", "not_cured"):
+            entries = getattr(self, title)
+            lines += [f"  {title.replace('_', ' ')}"] if entries else []
+            lines += [f"    {name:20}  {text}" for name, text in entries.items()]
+        return "\n".join(lines)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if _patch_of(_unwrap(self.model)) is not None:
+            unpatch(self.model)
+
+
+def patch(
+    model: nn.Module,
+    *,
+    autoencoder_loss: bool = True,
+    encoder_target: bool = True,
+    energy_score: bool = True,
+    head_sampling: bool = True,
+    temperature_sampling: bool = True,
+    eval_brier: bool = True,
+    generate: bool = True,
+    fold_encoder: bool = False,
+    keep_bugs: Collection[str] = (),
+) -> PatchReport:
+    """Lets an instance of the official code run on the ops.
+
+    model: of the official Autoencoder, EnergyTransformer, DiffusionTransformer or FlowTransformer,
+        also inside DistributedDataParallel or torch.compile. Patch before the optimizer is made
+        and before Trainer, DistributedDataParallel or torch.compile get the model.
+    autoencoder_loss, encoder_target, energy_score, head_sampling, temperature_sampling,
+        eval_brier, generate: which parts to replace.
+    fold_encoder: encode targets by table (see `nn.fold_encoder`: K V H numbers); after moving or
+        changing the autoencoder, patch again.
+    keep_bugs: names in `patching.BUGS` of official bugs not to cure.
+    returns: PatchReport of what was replaced and cured, and what was not and why. In a `with`
+        statement it unpatches at the end.
+    raises: ValueError for another model, a model that is patched already, or an unknown bug.
+    """
+    model = _unwrap(model)
+    official = official_models.official_class(model)
+    check(_patch_of(model) is None, "model", "one that is not patched", "a patched one")
+    unknown = sorted(set(keep_bugs) - BUGS.keys())
+    check(not unknown, "keep_bugs", f"names among {', '.join(BUGS)}", unknown)
+    wanted = {
+        "autoencoder_loss": autoencoder_loss,
+        "encoder_target": encoder_target,
+        "energy_score": energy_score,
+        "head_sampling": head_sampling,
+        "temperature_sampling": temperature_sampling,
+        "eval_brier": eval_brier,
+        "generate": generate,
+    }
+    state = Patch(official, keep_bugs=frozenset(keep_bugs))
+    report = PatchReport(type(model).__name__, model=model)
+    kept = {name: "switched off" for name, on in wanted.items() if not on}
+    kept |= _impossible(model, state, [name for name, on in wanted.items() if on])
+    state.switches = {name for name in SWITCHES if name not in kept}
+    _cure(model, state, report)
+    _install(model, state, kept)
+    report.kept.update((name, kept[name]) for name in SWITCHES if name in kept)
+    report.replaced.update((n, text) for n, text in SWITCHES.items() if n in state.switches)
+    if fold_encoder:
+        _fold(model, state, report)
+    _name_cures(state, report)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives a patched model the methods of its class back.
+
+    A method that somebody wrapped in the meantime stays wrapped, and leads to the official one.
+    raises: ValueError for a model that is not patched.
+    """
+    model = _unwrap(model)
+    state = _patch_of(model)
+    check(state is not None, "model", "a patched one", type(model).__name__)
+    for module, name, value in reversed(state.installed):
+        if module.__dict__.get(name) is value:
+            delattr(module, name)
+    for undo in reversed(state.undo):
+        undo()
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _patch_of(model: nn.Module) -> Patch | None:
+    return getattr(model, "__dict__", {}).get(ATTRIBUTE)
+
+
+def _impossible(model: nn.Module, state: Patch, wanted: list[str]) -> dict[str, str]:
+    """Makes the views of the model, and says which switches cannot be on: switch: why."""
+    kind = state.official.__name__
+    of_models = f"only in {', '.join(ALL_MODELS)}"
+    reasons: dict[str, str] = {}
+    for name in wanted:
+        if (name == "autoencoder_loss") != (kind == AUTOENCODER):
+            reasons[name] = of_models if kind == AUTOENCODER else f"only in {AUTOENCODER}"
+    if kind not in (AUTOENCODER, ENERGY):
+        no_energy = f"{kind} has no energy head"
+        reasons |= {name: no_energy for name in ("energy_score", "head_sampling", "generate")}
+    views = {"autoencoder": lambda: official_models.view_of_autoencoder(_autoencoder(model, kind))}
+    if kind == ENERGY:
+        head, config = model.generative_head, model.config
+        views["head"] = lambda: official_models.view_of_head(head, config)
+        views["model"] = lambda: official_models.view_of_model(model)
+    failures = {}
+    for name, make in views.items():
+        try:
+            setattr(state, name, make())
+        except (ValueError, AttributeError) as error:
+            failures[name] = str(error)
+    try:
+        state.output = official_models.output_class(state.official)
+    except ValueError as error:
+        failures["output"] = str(error)
+    needs = {
+        "autoencoder_loss": ("autoencoder", "output"),
+        "encoder_target": ("autoencoder", "output"),
+        "head_sampling": ("head", "output"),
+        "temperature_sampling": ("autoencoder", "model"),
+        "eval_brier": ("autoencoder", "output"),
+        "generate": ("model",),
+    }
+    if kind in ALL_MODELS and model.patch_size < patched.ORDERS:
+        needs["eval_brier"] = ("model", "output")  # draws are continued
+        if kind != ENERGY:
+            reasons["eval_brier"] = f"{no_energy}, and K = {model.patch_size} needs one"
+    for name in wanted:
+        failed = [failures[view] for view in needs.get(name, ()) if view in failures]
+        if failed:
+            reasons.setdefault(name, failed[0])
+    if "bf16_embeddings" in state.keep_bugs:
+        reasons["autoencoder_loss" if kind == AUTOENCODER else "encoder_target"] = (
+            "keep_bugs has bf16_embeddings"
+        )
+    return reasons
+
+
+def _autoencoder(model: nn.Module, kind: str) -> nn.Module:
+    return model if kind == AUTOENCODER else model.ae_model
+
+
+def _install(model: nn.Module, state: Patch, kept: dict[str, str]) -> None:
+    """Binds the methods that the switches ask for; a method that is not official stays, see kept.
+
+    A switch that cannot be on leaves state.switches for kept.
+    """
+    small = getattr(model, "patch_size", 0) < patched.ORDERS
+    head = getattr(model, "generative_head", None)
+    methods = [
+        ("autoencoder_loss", model, "forward", patched.autoencoder_forward),
+        ("encoder_target", model, "forward", patched.model_forward),
+        ("head_sampling", model, "forward", patched.model_forward),
+        ("head_sampling", head, "sample", patched.head_sample),
+        ("energy_score", model, "energy_score", patched.energy_score),
+        ("temperature_sampling", model, "temperature_sampling", patched.temperature_sampling),
+        ("generate", model, "generate", patched.generate),
+    ]
+    eval_brier = ("forward", patched.model_forward) if small else ("eval_brier", patched.eval_brier)
+    methods.append(("eval_brier", model, *eval_brier))
+    for switch, module, name, _ in methods:
+        if switch in state.switches and (reason := _foreign(module, name, state.official)):
+            kept[switch] = reason
+            state.switches.discard(switch)
+    for switch, module, name, function in methods:
+        if switch in state.switches and name not in module.__dict__:
+            _set(state, module, name, MethodType(function, module))
+            if ATTRIBUTE not in module.__dict__:
+                _set(state, module, ATTRIBUTE, state)
+    if ATTRIBUTE not in model.__dict__:
+        _set(state, model, ATTRIBUTE, state)
+
+
+def _foreign(module: nn.Module, name: str, official: type) -> str | None:
+    """Why a method is not the official one; None where it is."""
+    if name in module.__dict__:
+        return f"{name} is replaced on this instance already; patch before others wrap it"
+    for cls in type(module).__mro__:
+        if name in cls.__dict__ and cls is not official and issubclass(cls, official):
+            return f"{cls.__name__} has its own {name}"
+        if cls is official:
+            return None
+    return None
+
+
+def _set(state: Patch, module: nn.Module, name: str, value: Any) -> None:
+    setattr(module, name, value)
+    state.installed.append((module, name, value))
+
+
+def _cure(model: nn.Module, state: Patch, report: PatchReport) -> None:
+    """Cures the bugs that need no switch."""
+    kind = state.official.__name__
+    for name, cure in {"tied_embedding": _tie, "missing_num_samples": _give_num_samples}.items():
+        if kind not in BUGS[name].kinds:
+            continue
+        if name in state.keep_bugs:
+            report.not_cured[name] = "in keep_bugs"
+            continue
+        done, reason = cure(model, state)
+        if done:
+            report.cured[name] = BUGS[name].cure
+        elif reason:
+            report.not_cured[name] = reason
+
+
+def _tie(model: nn.Module, state: Patch) -> tuple[bool, str | None]:
+    """Whether something was cured, or why not."""
+    autoencoder = _autoencoder(model, state.official.__name__)
+    embedding, decoder = autoencoder.encoder.embed_tokens.weight, autoencoder.decoder
+    head = decoder.lm_head_weight
+    if head is embedding:
+        return False, None
+    if head.shape != embedding.shape or not torch.equal(head, embedding):
+        reason = "embedding and output projection differ: one was not loaded"
+        return False, f"{reason} (calm_rt.load reads every layout)"
+    decoder.lm_head_weight = embedding
+    state.undo.append(lambda: setattr(decoder, "lm_head_weight", head))
+    return True, None
+
+
+def _give_num_samples(model: nn.Module, state: Patch) -> tuple[bool, str | None]:
+    missing = not hasattr(model, "num_samples")
+    if missing:
+        _set(state, model, "num_samples", model.config.num_samples)
+    return missing, None
+
+
+def _fold(model: nn.Module, state: Patch, report: PatchReport) -> None:
+    if "encoder_target" not in state.switches:
+        report.kept["fold_encoder"] = "encoder_target is not replaced"
+        return
+    view = state.autoencoder
+    try:
+        fold(view)
+    except ValueError as error:
+        report.kept["fold_encoder"] = str(error)
+        return
+    encoder = model.ae_model.encoder
+    hook = encoder.register_load_state_dict_post_hook(
+        lambda *_: setattr(view.encoder, "tables", None)
+    )
+    state.undo.append(hook.remove)
+    report.replaced["fold_encoder"] = f"tables of {folded_bytes(view):,} bytes"
+
+
+def _name_cures(state: Patch, report: PatchReport) -> None:
+    """Lists the bugs whose cure came with a switch, and those without one."""
+    report.not_cured.update(NOT_CURED.get(state.official.__name__, {}))
+    for name, bug in BUGS.items():
+        if not bug.switches or state.official.__name__ not in bug.kinds:
+            continue
+        if name in state.keep_bugs:
+            report.not_cured[name] = "in keep_bugs"
+        elif state.switches & set(bug.switches):
+            report.cured[name] = bug.cure
+        else:
+            report.not_cured[name] = f"needs {' or '.join(bug.switches)}"
+    for switch, text in CURED_BY.items():
+        if switch in state.switches:
+            report.cured[f"(by {switch})"] = text

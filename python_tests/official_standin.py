@@ -1,0 +1,273 @@
+"""The official code's structure, names and formulas in small, to patch without transformers.
+
+Written from the reference: the four classes have the attributes, methods and parameter names of the
+official ones and make the tensors that those make, bugs included. The backbone is ours, which has
+the official parameter names.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calm_rt import official
+from calm_rt.nn import AutoencoderConfig, CalmConfig, EnergyHead
+from calm_rt.nn.autoencoder import AutoencoderLayer, RMSNorm, init_weights
+from calm_rt.nn.backbone import Transformer
+
+AE = {"patch_size": 4, "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24}
+AE |= {"latent_size": 8, "pad_token_id": 3}
+LM = {**AE, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+LM |= {"num_mlp_layers": 1, "noise_size": 6, "num_samples": 4, "max_position_embeddings": 64}
+
+
+@dataclass
+class CausalLMOutputWithPast:
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass
+class CustomCausalLMOutput(CausalLMOutputWithPast):
+    brier1: Tensor | None = None
+    brier2: Tensor | None = None
+    brier3: Tensor | None = None
+    brier4: Tensor | None = None
+
+
+class AELayer(AutoencoderLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.layernorm(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: Any):
+        super().__init__()
+        size, layers = config.hidden_size, config.num_encoder_layers
+        self.patch_size, self.num_stage_layers = config.patch_size, layers // 2
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.encoder_layers = nn.ModuleList(AELayer(config) for _ in range(layers))
+        self.hidden_to_latent = nn.Linear(size, 2 * config.latent_size)
+        self.squeeze_layer = nn.Linear(self.patch_size * size, size)
+        self.norm = RMSNorm(size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[B, P K] -> [B, P, 2 L]."""
+        batch, half = len(input_ids), self.num_stage_layers
+        x = self.embed_tokens(input_ids.reshape(-1, self.patch_size))
+        if self.training:
+            x = x.bfloat16().to(x.dtype)  # the official norm goes back to the weights' type
+        for layer in self.encoder_layers[:half]:
+            x = layer(x)
+        x = self.squeeze_layer(x.reshape(len(x), 1, -1))
+        for layer in self.encoder_layers[half : 2 * half]:
+            x = layer(x)
+        return self.hidden_to_latent(self.norm(x)).reshape(
+            batch, -1, self.hidden_to_latent.out_features
+        )
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Any):
+        super().__init__()
+        size, layers = config.hidden_size, config.num_decoder_layers
+        self.patch_size, self.num_stage_layers = config.patch_size, layers // 2
+        self.latent_to_hidden = nn.Linear(config.latent_size, size)
+        self.decoder_layers = nn.ModuleList(AELayer(config) for _ in range(layers))
+        self.expand_layer = nn.Linear(size, self.patch_size * size)
+        self.norm = RMSNorm(size, config.rms_norm_eps)
+
+    def forward(self, latent_states: Tensor) -> Tensor:
+        """[B, P, L] -> logits [B, P K, V]."""
+        half, x = self.num_stage_layers, self.latent_to_hidden(latent_states)
+        for layer in self.decoder_layers[:half]:
+            x = layer(x)
+        x = self.expand_layer(x).reshape(len(x), x.shape[1] * self.patch_size, -1)
+        for layer in self.decoder_layers[half : 2 * half]:
+            x = layer(x)
+        return F.linear(self.norm(x), self.lm_head_weight)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.patch_size = config.patch_size
+        self.decoder.lm_head_weight = self.encoder.embed_tokens.weight
+        self.ae_dropout, self.kl_clamp = config.ae_dropout, config.kl_clamp
+        self.kl_weight = config.kl_weight
+        init_weights(self, 0.2)
+
+    def forward(self, input_ids: Tensor = None, labels: Tensor | None = None, **kwargs: Any):
+        ids = input_ids.reshape(-1, self.patch_size)
+        if self.training:
+            ids = ids * (torch.rand_like(ids.float()) > self.ae_dropout).long()
+        mean, log_std = self.encoder(input_ids=ids).chunk(2, -1)
+        latents = mean + torch.randn_like(mean) * log_std.exp()
+        latents = F.dropout(latents, self.ae_dropout, self.training)
+        kl = 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std)
+        logits = self.decoder(latent_states=latents).float().view(-1, self.config.vocab_size)
+        loss = F.cross_entropy(logits, labels.view(-1))
+        if self.training:
+            kl = kl.clamp(min=self.kl_clamp).sum(-1).mean()
+            loss = loss * self.patch_size + kl * self.kl_weight
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class LlamaModel(Transformer):
+    def forward(self, inputs_embeds: Tensor) -> Any:
+        return (super().forward(inputs_embeds),)
+
+
+class MLPGenerator(EnergyHead):
+    def sample(self, hidden_states: Tensor) -> Tensor:
+        """[..., H] -> [..., L]."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        draws = official.sample_latents(flat, self.weights(), num_samples=1)
+        return draws.view(*hidden_states.shape[:-1], -1)
+
+
+class CALM(nn.Module):
+    def __init__(self, config: Any, autoencoder: Autoencoder):
+        super().__init__()
+        self.config, self.ae_model = config, autoencoder
+        autoencoder.requires_grad_(False).eval()
+        size, wide = config.hidden_size, config.patch_size * config.hidden_size
+        self.transformer = LlamaModel(config)
+        self.patch_size, self.padding_idx = config.patch_size, config.pad_token_id
+        self.eos_token_id = config.eos_token_id
+        self.embed_proj = nn.Sequential(
+            nn.Linear(wide, 2 * size),
+            nn.SiLU(),
+            nn.Linear(2 * size, size),
+            nn.LayerNorm(size, 1e-6),
+        )
+
+    def _context(self, input_ids: Tensor, labels: Tensor):
+        """The official forward's beginning: contexts [R, H], posterior [R, L], outputs."""
+        labels = labels[:, self.patch_size :]
+        mask = labels.ne(-100)
+        latents = self.ae_model.encoder(input_ids=labels[mask].unsqueeze(0)).squeeze(0)
+        tokens = self.transformer.embed_tokens(input_ids)
+        patches = tokens.reshape(len(tokens), -1, self.patch_size * tokens.shape[-1])[:, :-1]
+        outputs = self.transformer(inputs_embeds=self.embed_proj(patches))
+        first = mask.reshape(len(labels), -1, self.patch_size)[..., 0]
+        return outputs[0][first], *latents.chunk(2, -1), outputs
+
+    @torch.no_grad()
+    def eval_brier(self, latent_predictions: Tensor, targets: Tensor, outputs: Any, loss: Tensor):
+        shape = (2, len(targets), -1, latent_predictions.shape[-1])
+        pairs = latent_predictions[:2].reshape(shape)
+        first, second = (
+            self.ae_model.decoder(latent_states=pair)
+            .argmax(-1)
+            .view(len(targets), -1, self.patch_size)
+            for pair in pairs
+        )
+        targets = targets.reshape(first.shape)
+        same = [(first == targets), (second == targets), (first == second)]
+        one, two, both = (s.float().cumprod(-1) for s in same)
+        names = {f"brier{n}": b for n, b in enumerate((one + two - both).mean((0, 1))[:4], 1)}
+        return CustomCausalLMOutput(loss=loss, **names)
+
+    @torch.no_grad()
+    def temperature_sampling(
+        self, hidden_states: Tensor, temperature: float = 0.5, num_samples: int = 200
+    ) -> Tensor:
+        n, count = round(1 / temperature), 1 if temperature == 1 else num_samples
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        latents = self.generative_head.sample(flat.unsqueeze(1).repeat(1, count, 1))
+        pool = self.ae_model.decoder(latents).argmax(-1).view(len(flat), count, self.patch_size)
+        rows = official.select_patch(pool, n=n)
+        if rows.ndim == 2:  # the chosen tokens
+            return rows.view(*hidden_states.shape[:-1], self.patch_size)
+        return pool[torch.arange(len(pool)), rows].view(*hidden_states.shape[:-1], -1)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, max_length: int = 2048, temperature: float = 0.5, **kwargs: Any
+    ) -> Tensor:
+        self.eval()
+        missing = -input_ids.shape[1] % self.patch_size
+        ids = F.pad(input_ids, (0, missing), value=self.padding_idx)
+        while ids.shape[1] < max_length:
+            tokens = self.transformer.embed_tokens(ids)
+            patches = tokens.reshape(len(ids), -1, self.patch_size * tokens.shape[-1])
+            hidden = self.transformer(inputs_embeds=self.embed_proj(patches))[0][:, -1]
+            ids = torch.cat([ids, self.temperature_sampling(hidden, temperature)], 1)
+        return ids
+
+
+class EnergyTransformer(CALM):
+    def __init__(self, config: Any, autoencoder: Autoencoder):
+        super().__init__(config, autoencoder)
+        self.mlp_generator = MLPGenerator(config)
+        self.generative_head = self.mlp_generator
+        self.noise_size, self.beta = config.noise_size, config.beta
+        self.num_samples = config.num_samples
+        init_weights(self.generative_head, 0.2)
+
+    def energy_score(self, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        return official.energy_score(x, mean, log_std, num_targets=100, beta=self.beta)
+
+    def forward(self, input_ids: Tensor = None, labels: Tensor | None = None, **kwargs: Any):
+        hidden, mean, log_std, outputs = self._context(input_ids, labels)
+        draws = self.generative_head.sample(hidden.unsqueeze(0).repeat(self.num_samples, 1, 1))
+        loss = -self.energy_score(draws, mean, log_std).mean()
+        if not self.training:
+            return self.eval_brier(draws, input_ids[:, self.patch_size :], outputs, loss)
+        return CustomCausalLMOutput(loss=loss)
+
+
+class FlowLoss(nn.Module):
+    """A head with the official interface whose network is one linear map."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.in_channels = config.latent_size
+        self.net = nn.Linear(config.hidden_size, config.latent_size)
+
+    def forward(self, target: Tensor, z: Tensor) -> Tensor:
+        return (self.net(z) - target).square().mean(-1).flatten()
+
+    def sample(self, z: Tensor) -> Tensor:
+        return self.net(z) + torch.randn(*z.shape[:-1], self.in_channels)
+
+
+class DiffLoss(FlowLoss):
+    pass
+
+
+class DiffusionTransformer(CALM):
+    head = DiffLoss
+
+    def __init__(self, config: Any, autoencoder: Autoencoder):
+        super().__init__(config, autoencoder)
+        self.generative_head = self.head(config)
+
+    def forward(self, input_ids: Tensor = None, labels: Tensor | None = None, **kwargs: Any):
+        hidden, mean, log_std, outputs = self._context(input_ids, labels)
+        repeated = hidden.unsqueeze(0).repeat(self.num_samples, 1, 1)
+        eps = torch.randn(self.num_samples, *mean.shape)
+        loss = self.generative_head(z=repeated, target=mean + eps * log_std.exp()).mean()
+        if not self.training:
+            draws = self.generative_head.sample(repeated[:2])
+            return self.eval_brier(draws, input_ids[:, self.patch_size :], outputs, loss)
+        return CustomCausalLMOutput(loss=loss)
+
+
+class FlowTransformer(DiffusionTransformer):
+    head = FlowLoss
+
+
+def build(kind: str = "EnergyTransformer", seed: int = 0, **changes: Any) -> nn.Module:
+    """A model of a kind with drawn weights; changes go to both configurations."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        autoencoder = Autoencoder(AutoencoderConfig(**{**AE, **changes}))
+        if kind == "Autoencoder":
+            return autoencoder
+        return globals()[kind](CalmConfig(**{**LM, **changes}), autoencoder)
