@@ -29,7 +29,7 @@ from calm_rt import official, ops, pool
 from calm_rt.atomic import scratch_folder
 from calm_rt.benchmark import compete, machine
 from calm_rt.data import TokenShards
-from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
+from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, screen_decoder
 from calm_rt.nn.heads import EnergyHead
 from calm_rt.sampling import PatchSample, sample_patches
 
@@ -68,6 +68,7 @@ class PlantedCalm(Calm):
         self.ae_model = Autoencoder(AUTOENCODER).requires_grad_(False).eval()
         codes = plant_codes(self.ae_model)  # [V, L / K]
         self.ae_model.to(dtype)
+        screen_decoder(self.ae_model)  # as a Generator does
         latents = codes[pools].flatten(2)  # [P, S, L]
         self.pools = pools
         self.latents = (latents + JITTER * torch.randn_like(latents)).to(dtype)

@@ -11,7 +11,7 @@ import torch
 
 from calm_rt.data import Tokenizer
 from calm_rt.engine import PREFILL_CHUNK, Engine
-from calm_rt.nn import Calm
+from calm_rt.nn import Calm, screen_decoder
 from calm_rt.ops.check import check
 from calm_rt.sampling import MAX_DRAWS, sample_patches
 from calm_rt.sequence import (
@@ -51,6 +51,7 @@ class Generator:
         max_patches: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         batch_invariant: bool = False,
+        screen: bool = True,
     ) -> None:
         """max_batch_size: sequences at once; others wait until one has finished.
         max_patches: of one sequence in the loop of one's own, which fixes its cache; None for the
@@ -60,6 +61,7 @@ class Generator:
             same bit for bit alone and in any batch on one device. A step of B sequences then costs
             B steps of one: at temperature 1 nothing is gained by a batch; below it little is lost,
             for a pool fills the matrix products by itself.
+        screen: on a CPU, decode through `nn.screen_decoder`: same tokens sooner, for V H bytes.
         raises: ValueError for a model or tokenizer that does not fit.
         """
         kind = "a Calm (a language model, not an autoencoder)"
@@ -76,6 +78,8 @@ class Generator:
         max_patches = limit if max_patches is None else max_patches
         check(1 <= max_patches <= limit, "max_patches", f"1 to {limit}", max_patches)
         self.model = model.eval()
+        if screen:
+            screen_decoder(model.ae_model)
         self.tokenizer = tokenizer
         self.start_id = start_id(config)
         self.max_batch_size, self.max_patches = max_batch_size, max_patches

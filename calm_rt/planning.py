@@ -71,11 +71,11 @@ def plan_generation(
     """Memory and arithmetic of generation on the CPU.
 
     batch_size: sequences at once.  num_candidates: draws of a step, 1 at temperature 1.
-    returns: parameters, and bytes: parameter_bytes, cache_bytes, activation_bytes (of the largest
-        forward pass), draw_bytes (of a step's draws), peak_bytes, and most_bytes, the peak where
-        all draws are equal and none can be ruled out early; flop of reading all prompts, and of a
-        step of the batch: backbone, head and decode, the last for all slots of all draws (the lazy
-        pool decodes a share of them).
+    returns: parameters, and bytes: parameter_bytes, screen_bytes (of the rounded vocabulary),
+        cache_bytes, activation_bytes (of the largest forward pass), draw_bytes (of a step's
+        draws), peak_bytes, and most_bytes, the peak where all draws are equal and none can be
+        ruled out early; flop of reading all prompts, and of a step of the batch: backbone, head
+        and decode, the last for all slots of all draws (the lazy pool decodes a share of them).
     raises: ValueError for sizes below 1 or a text longer than the model's longest.
     """
     _check_counts(batch_size=batch_size, num_candidates=num_candidates, prefill_chunk=prefill_chunk)
@@ -88,6 +88,7 @@ def plan_generation(
         model = Calm(config, autoencoder_config)
         parameters = memory.live
         cache = KVCache(config, batch_size, patches, dtype)
+        screen = autoencoder_config.vocab_size * autoencoder_config.hidden_size  # of one byte each
         held = memory.live
         width = min(prompt, max(1, prefill_chunk // batch_size))
         memory.peak = held
@@ -106,11 +107,12 @@ def plan_generation(
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameter_bytes": parameters,
+        "screen_bytes": screen,
         "cache_bytes": held - parameters,
         "activation_bytes": activations,
         "draw_bytes": draws,
-        "peak_bytes": held + max(activations, draws),
-        "most_bytes": held + max(activations, most_draws),
+        "peak_bytes": held + screen + max(activations, draws),
+        "most_bytes": held + screen + max(activations, most_draws),
         "flop": flop,
         "flop_per_step": sum(flop.values()) - flop["prompts"],
         "tokens_per_step": batch_size * size,

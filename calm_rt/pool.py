@@ -16,8 +16,9 @@ from calm_rt import ops
 from calm_rt.draws import Draws
 
 # How many tokens cost as much as one more pass over the vocabulary. Measured with V 128,257 and
-# H 512 on an AVX-512 CPU (31 ms and 0.19 ms a row on one thread); for CUDA from bandwidth and rate.
-PASS_ROWS = {"cpu": 160, "cuda": 256}
+# H 512 on an AVX-512 CPU with its screen (6 ms and 0.19 ms a row on one thread); for CUDA from
+# bandwidth and rate.
+PASS_ROWS = {"cpu": 32, "cuda": 256}
 FIRST_SHARE = 0.25  # of a pool, supposed to be worth a second slot
 
 

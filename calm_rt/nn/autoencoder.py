@@ -264,6 +264,8 @@ def screen_decoder(autoencoder: Autoencoder) -> None:
     used, so after training or loading make it again. Nothing happens where no kernel takes one.
     """
     decoder = autoencoder.decoder
+    if decoder.weights().screen is not None:
+        return
     decoder.screen = screen_vocabulary(decoder.lm_head_weight)
     decoder._screened = decoder._values()
 

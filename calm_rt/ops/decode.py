@@ -87,7 +87,8 @@ def decode_slots(
         F.linear(hidden[of_slot], slot, bias)
         for of_slot, slot, bias in zip(rows, slots, biases, strict=True)
     ]
-    return linear_argmax(_decode_tokens(torch.cat(wanted), weights, eps), weights.vocabulary)
+    tokens = _decode_tokens(torch.cat(wanted), weights, eps)  # [N, H]
+    return linear_argmax(tokens, weights.vocabulary, weights.screen)
 
 
 def _decode_tokens(hidden: Tensor, weights: DecoderWeights, eps: float) -> Tensor:
