@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 export PATH := $(BIN):$(PATH)
 
-.PHONY: quickstart test fuzz lint bench sanitize sanitized wheels install simulator format clean
+.PHONY: quickstart test fuzz lint bench gpu sanitize sanitized wheels install simulator format clean
 
 quickstart: install  ## train an autoencoder and a CALM on real text, then write with it
 	calm-rt quickstart
@@ -29,6 +29,9 @@ format: $(VENV)/.lint
 
 bench: install  ## official, compiled and native side by side
 	python -m pytest benchmarks --benchmark-columns=median,min,stddev
+
+gpu:  ## on a machine with an NVIDIA GPU: build, laws, sanitizers, benchmark; PARTS="build laws" for some, OUTPUT for where
+	$(PYTHON) benchmarks/gpu.py $(PARTS) $(if $(OUTPUT),--output $(OUTPUT))
 
 sanitize: install simulator sanitized  ## all kernels under sanitizers, planted bugs
 	python -m pytest -m sanitize

@@ -33,8 +33,8 @@ RIVALS = ("official", "compiled", "library", "native")
 QUICK_RIVALS = ("official", "library", "native")
 QUICK_ROUNDS = 5  # a case that gets fewer takes long: a quick run leaves it out
 SAMPLE_SECONDS = 1e-3  # one timing lasts as long at least; shorter calls are repeated
-COPY_BYTES = 1 << 28  # far beyond any cache
-PRODUCT_SIZE = 2048
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # far beyond any cache
+PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 LIMIT_ROUNDS = 15  # the fastest counts: a limit is what the machine can do
 
 Call = Callable[[], object]
@@ -192,17 +192,19 @@ def limits(device: str) -> dict[str, Any]:
 
     returns: {"copy": bytes/s, "product": {dtype: FLOP/s}}.
     """
-    source = torch.ones(COPY_BYTES // 4, device=device)
+    bytes_copied, size = COPY_BYTES[device], PRODUCT_SIZE[device]
+    source = torch.randn(bytes_copied // 4, device=device)
     target = torch.empty_like(source)
     [copies] = compete({"copy": lambda: target.copy_(source)}, device, LIMIT_ROUNDS).values()
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype, device=device)
+        # a GPU multiplies ones faster than numbers that need all their bits
+        matrix = torch.randn(size, size, device=device).to(dtype)
         out = torch.empty_like(matrix)
         call = {"product": lambda a=matrix, b=out: torch.mm(a, a, out=b)}
         [products] = compete(call, device, LIMIT_ROUNDS).values()
-        rates[str(dtype).removeprefix("torch.")] = 2 * PRODUCT_SIZE**3 / min(products)
-    return {"copy": 2 * COPY_BYTES / min(copies), "product": rates}
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / min(products)
+    return {"copy": 2 * bytes_copied / min(copies), "product": rates}
 
 
 def peak_memory(case: Case, rival: str, backward: bool, device: str) -> int:

@@ -1,6 +1,7 @@
 """The command line: `calm-rt` and `python -m calm_rt`.
 
-Arguments stand here, what the commands do in commands.py, which is imported when a command runs.
+Arguments stand here and in options.py, what the commands do in commands.py, which is imported when
+a command runs.
 Exit codes: 0 done, 2 an error that one line explains, 130 interrupted.
 """
 
@@ -11,48 +12,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-# option, type, what it is; defaults are those of calm_rt.training.TrainingConfig
-TRAINING_OPTIONS = [
-    ("steps", int, "optimizer steps"),
-    ("minutes", float, "end earlier, after this much training; the schedule follows the clock"),
-    ("batch-size", int, "blocks a step, over all processes"),
-    ("block-size", int, "tokens a block, a multiple of the patch size"),
-    ("accumulation", int, "parts in which a process computes its share of a batch"),
-    ("learning-rate", float, "after warm-up"),
-    ("warmup-steps", int, "steps of linear warm-up"),
-    ("schedule", str, "after warm-up: constant, cosine or linear"),
-    ("weight-decay", float, "of matrices"),
-    ("clip-norm", float, "largest norm of the gradient"),
-    ("precision", str, "fp32, bf16 or auto (the faster one here, measured once)"),
-    ("seed", int, "of weights, order and noise"),
-    ("log-every", int, "steps between lines of log.jsonl"),
-    ("evaluate-every", int, "steps between evaluations on held-out text"),
-    ("save-every", int, "steps between checkpoints"),
-    ("evaluation-blocks", int, "held-out blocks in an evaluation"),
-]
-AUTOENCODER_OPTIONS = [
-    ("hidden-size", int, "features of a token"),
-    ("intermediate-size", int, "features inside a layer"),
-    ("latent-size", int, "numbers in the latent vector of a patch"),
-    ("num-encoder-layers", int, "half before, half after a patch becomes one vector"),
-    ("num-decoder-layers", int, "half before, half after a vector becomes a patch"),
-    ("random-tokens", float, "share of tokens made random, so that rare ones are learnt"),
-    ("target-accuracy", float, "stop when this share of held-out tokens comes back"),
-]
-MODEL_OPTIONS = [
-    ("hidden-size", int, "features of a patch"),
-    ("intermediate-size", int, "features inside a layer"),
-    ("num-hidden-layers", int, "layers of the backbone"),
-    ("num-attention-heads", int, "of the backbone"),
-    ("num-key-value-heads", int, "fewer than attention heads: grouped queries"),
-    ("noise-size", int, "random numbers that the head turns into a draw"),
-    ("num-mlp-layers", int, "blocks of the head"),
-    ("num-samples", int, "draws of every next patch in training"),
-    ("beta", float, "exponent of the energy score"),
-    ("max-position-embeddings", int, "patches in the longest text"),
-    ("num-targets", int, "target draws of the energy score"),
-]
-
+from calm_rt.options import (
+    AUTOENCODER_OPTIONS,
+    DTYPES,
+    MODEL_OPTIONS,
+    PLAN_OPTIONS,
+    PLAN_SIZES,
+    SAMPLING_OPTIONS,
+    TRAINING_OPTIONS,
+)
 
 # errors of modules that are not imported here, so that a broken one of them still gives a message
 EXPLAINED = {"NativeUnavailable", "OutOfMemoryError", "SafetensorError", "TrainingDiverged"}
@@ -105,6 +73,7 @@ def build_parser() -> Parser:
     _add_evaluate(commands)
     _add_convert(commands)
     _add_bench(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -187,25 +156,39 @@ def _add_generate(commands) -> None:
         commands,
         "generate",
         "continue prompts",
-        "calm-rt generate runs/quickstart 'def main(' --temperature 1/3 --max-new-tokens 64",
+        "calm-rt generate --model runs/quickstart --prompt 'def main(' --temperature 1/3 --stream",
     )
-    command.add_argument("model", help="folder of a CALM")
-    command.add_argument(
-        "prompt", nargs="*", help="texts (default: standard input if it is not a terminal)"
+    command.add_argument("--model", required=True, help="folder of a CALM")
+    prompts = command.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--prompt",
+        nargs="+",
+        metavar="TEXT",
+        help="default: all of standard input, or an empty text where that is a terminal",
+    )
+    prompts.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='one prompt a line (- for standard input); in a .jsonl file {"prompt": TEXT} a line',
     )
     command.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
-    command.add_argument(
-        "--temperature", default="1", help="1, 1/2, 1/3, ... or 0 (default: 1)", metavar="T"
-    )
-    command.add_argument(
-        "--num-candidates", type=int, default=200, help="pool below temperature 1 (default: 200)"
-    )
-    command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--stop", action="append", default=[], help="text that ends the writing")
+    command.add_argument(
+        "--constrain",
+        action="store_true",
+        help="left-over tokens of a prompt begin the first new patch (default: BOS before it)",
+    )
+    command.add_argument(
+        "--max-batch-size", type=int, default=32, help="sequences at once (default: 32)"
+    )
+    command.add_argument(
+        "--batch-invariant", action="store_true", help="a text does not depend on its batch: slower"
+    )
     command.add_argument("--tokenizer", help="file or folder (default: the model's folder)")
     command.add_argument("--stream", action="store_true", help="print text as it comes (1 prompt)")
     _add_device(command)
-    _add_json(command)
+    command.add_argument("--json", action="store_true", help="one JSON object a line and prompt")
+    _add_options(command, "sampling", SAMPLING_OPTIONS)
 
 
 def _add_evaluate(commands) -> None:
@@ -239,9 +222,7 @@ def _add_convert(commands) -> None:
     )
     command.add_argument("source", help="folder with pytorch_model.bin or model.safetensors")
     command.add_argument("output", help="folder to write")
-    command.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored"
-    )
+    command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     _add_json(command)
 
 
@@ -274,6 +255,27 @@ def _add_bench(commands) -> None:
     )
     _add_device(command)
     _add_json(command)
+
+
+def _add_plan(commands) -> None:
+    command = _command(
+        commands,
+        "plan",
+        "predict memory and arithmetic of generation and training, without a run",
+        "calm-rt plan --model runs/quickstart --batch-size 8 --num-candidates 200",
+    )
+    sizes = command.add_mutually_exclusive_group()
+    sizes.add_argument("--model", help="folder of a CALM (default: CALM's own sizes)")
+    sizes.add_argument("--config", metavar="FILE", help="a config.json alone")
+    for name, default, summary in PLAN_OPTIONS:
+        summary = f"{summary} (default: {default})"
+        command.add_argument(f"--{name}", type=int, default=default, help=summary)
+    command.add_argument("--dtype", choices=DTYPES, help="of generation (default: as stored)")
+    command.add_argument(
+        "--gemm-rate", type=float, help="FLOP a second (default: measured here in a moment)"
+    )
+    _add_json(command)
+    _add_options(command, "sizes that replace those of the model", PLAN_SIZES)
 
 
 def _command(commands, name: str, summary: str, example: str) -> Parser:

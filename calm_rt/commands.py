@@ -3,30 +3,36 @@
 import json
 import os
 import shutil
-import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from calm_rt import checkpoint, evaluation, training
-from calm_rt.cli import AUTOENCODER_OPTIONS, MODEL_OPTIONS, TRAINING_OPTIONS
+from calm_rt.arguments import (
+    device_of,
+    documents_of,
+    given_options,
+    load_model,
+    prompts_of,
+    run_settings,
+    sizes_of,
+    switches_of,
+    tokenizer_of,
+)
 from calm_rt.curves import finite, read_log
 from calm_rt.data import (
-    Tokenizer,
-    TokenShards,
     load_tokenizer,
     read_documents,
     train_tokenizer,
     write_shards,
 )
-from calm_rt.generation import Generator
+from calm_rt.generation import Generation, Generator
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check
-from calm_rt.training import TrainingConfig
+from calm_rt.options import AUTOENCODER_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS
 from calm_rt.training_state import TrainingState, copy_tokenizer
 
 
@@ -64,8 +70,8 @@ def tokenize(options: Namespace) -> None:
 
 
 def train_autoencoder(options: Namespace) -> None:
-    shards, config, settings = _run(options, AutoencoderConfig, AUTOENCODER_OPTIONS)
-    training.train_autoencoder(config, shards, options.output, settings, **_switches(options))
+    shards, config, settings = run_settings(options, AutoencoderConfig, AUTOENCODER_OPTIONS)
+    training.train_autoencoder(config, shards, options.output, settings, **switches_of(options))
     _report_run(options)
 
 
@@ -73,51 +79,61 @@ def train(options: Namespace) -> None:
     given, sizes = options.autoencoder is not None, {}
     expected = "none with --resume" if options.resume else "the folder of a trained one"
     check(given != options.resume, "autoencoder", expected, options.autoencoder)
-    autoencoder = _load(options.autoencoder, Autoencoder, "cpu") if given else None
+    autoencoder = load_model(options.autoencoder, Autoencoder, "cpu") if given else None
     if autoencoder:
         sizes["latent_size"] = autoencoder.config.latent_size
-    shards, config, settings = _run(options, CalmConfig, MODEL_OPTIONS, **sizes)
-    switches = _switches(options)
+    shards, config, settings = run_settings(options, CalmConfig, MODEL_OPTIONS, **sizes)
+    switches = switches_of(options)
     training.train(config, autoencoder, shards, options.output, settings, **switches)
     _report_run(options)
 
 
 def generate(options: Namespace) -> None:
-    generator = Generator(_load(options.model, Calm, _device(options)), _tokenizer(options))
-    prompts = options.prompt
-    if not prompts:
-        prompts = [""] if sys.stdin is None or sys.stdin.isatty() else [sys.stdin.read()]
+    model, tokenizer = load_model(options.model, Calm, device_of(options)), tokenizer_of(options)
+    generator = Generator(
+        model,
+        tokenizer,
+        max_batch_size=options.max_batch_size,
+        batch_invariant=options.batch_invariant,
+    )
+    prompts = prompts_of(options)
     arguments = {
         "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "num_candidates": options.num_candidates,
-        "seed": options.seed,
         "stop": options.stop,
+        "prompt": "constrain" if options.constrain else "align",
+        **given_options(options, SAMPLING_OPTIONS),
     }
     if options.stream:
         check(len(prompts) == 1, "stream", "one prompt", len(prompts))
         check(not options.json, "stream", "no --json", "both")
+        pieces = generator.stream(prompts[0], **arguments)
         print(prompts[0], end="", flush=True)
-        for piece in generator.stream(prompts[0], **arguments):
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
         return
-    results = generator.generate(prompts, **arguments)
-    if options.json:
-        pairs = zip(prompts, results, strict=True)
-        _print_json([{"prompt": prompt, **vars(result)} for prompt, result in pairs])
-        return
-    for number, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+    errors = []
+    for index, result in _in_order(generator.results(prompts, **arguments)):
+        if result.error:
+            errors.append(result.error)
+        if options.json:
+            line = {"index": index, "prompt": prompts[index], **vars(result)}
+            print(json.dumps(line), flush=True)
+            continue
         if len(prompts) > 1:
-            print(f"--- {number + 1}")
-        print(prompt + result.text)
+            print(f"--- {index + 1}")
+        print(prompts[index] + result.text, flush=True)
+    if errors:
+        raise ValueError(f"{errors[0]} ({len(errors)} of {len(prompts)} prompts)")
 
 
 def evaluate(options: Namespace) -> None:
-    device = _device(options)
-    model = _load(options.model, (Calm, Autoencoder), device)
+    device = device_of(options)
+    model = load_model(options.model, (Calm, Autoencoder), device)
     patch_size = model.config.patch_size
-    documents, train_tokens = _documents(options, model.config.vocab_size, patch_size)
+    documents, train_tokens = documents_of(options, model.config.vocab_size, patch_size)
     autoencoder = model.ae_model if isinstance(model, Calm) else model
     batches = [ids[None] for ids in documents]
     noisy = {"noise_std": 0.3, "seed": options.seed}
@@ -176,7 +192,7 @@ def bench(options: Namespace) -> None:
         else:
             print(text)
         return
-    device, folder = _device(options), Path(options.output)
+    device, folder = device_of(options), Path(options.output)
     cases = benchmark.benchmark_cases(options.ops)
     results: dict[str, Any] = {"machine": benchmark.machine(device), "rows": [], "sweep": []}
     results |= {"finished": False, "limits": benchmark.limits(device)}
@@ -202,37 +218,35 @@ def bench(options: Namespace) -> None:
     print("\n".join(["", *report.warnings_of(results), str(folder / report.REPORT)]))
 
 
-def _run(
-    options: Namespace, kind: type, names: list[tuple[str, type, str]], **sizes: Any
-) -> tuple[TokenShards, AutoencoderConfig | CalmConfig | None, TrainingConfig]:
-    """Data, model sizes and settings of a training run; a resumed one has its sizes already."""
-    shards = TokenShards(options.data)
-    fields = TrainingConfig.__dataclass_fields__
-    overrides = {n: v for n, v in _given(options, TRAINING_OPTIONS + names).items() if n in fields}
-    given = {n: v for n, v in _given(options, names).items() if n not in fields}
-    if options.resume:
-        for name, value in given.items():
-            check(False, name, "none with --resume (the run has its sizes)", value)
-        stored = TrainingState.load(Path(options.output)).training
-        return shards, None, TrainingConfig(**(stored | overrides))
-    header, tokenizer = shards.header, load_tokenizer(options.data)
-    special = {"pad": header.pad_id, "bos": tokenizer.bos_id, "eos": header.eos_id}
-    config = kind(
-        patch_size=shards.patch_size,
-        vocab_size=shards.vocab_size,
-        **{f"{name}_token_id": value for name, value in special.items()},
-        **sizes,
-        **given,
+def plan(options: Namespace) -> None:
+    from calm_rt import planning
+
+    config, autoencoder_config, dtype = sizes_of(options)
+    if options.dtype:
+        dtype = getattr(torch, options.dtype)
+    texts = ("batch_size", "prompt_tokens", "max_new_tokens", "num_candidates", "prefill_chunk")
+    rate = options.gemm_rate
+    check(rate is None or 0 < rate < float("inf"), "gemm_rate", "a positive number", rate)
+    generation = planning.plan_generation(
+        config,
+        autoencoder_config,
+        dtype=dtype,
+        **{name: getattr(options, name) for name in texts},
     )
-    return shards, config, TrainingConfig(**overrides)
-
-
-def _switches(options: Namespace) -> dict[str, Any]:
-    return {
-        "resume": options.resume,
-        "overwrite": options.overwrite,
-        "device": _device(options),
-    }
+    targets = {"num_targets": options.num_targets} if hasattr(options, "num_targets") else {}
+    training = planning.plan_training(
+        config,
+        autoencoder_config,
+        batch_size=options.batch_size,
+        block_size=options.block_size,
+        **targets,
+    )
+    rate = planning.gemm_rate(dtype) if rate is None else rate
+    report = {"gemm_rate": rate, "generation": generation, "training": training}
+    if options.json:
+        _print_json(report)
+    else:
+        print(planning.plan_table(report))
 
 
 def _report_run(options: Namespace) -> None:
@@ -249,57 +263,18 @@ def _report_run(options: Namespace) -> None:
         print(f"{options.output}: {state.step} steps in {seconds} s of training; curves.png")
 
 
-def _given(options: Namespace, names: list[tuple[str, type, str]]) -> dict[str, Any]:
-    """The options that stand on the command line, by the names of the configuration's fields."""
-    fields = [name.replace("-", "_") for name, _, _ in names]
-    return {name: getattr(options, name) for name in fields if hasattr(options, name)}
-
-
-def _load(path: str, kind: type | tuple[type, ...], device: str) -> Autoencoder | Calm:
-    model = checkpoint.load(path, device=device)
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    expected = " or ".join(k.__name__ for k in kinds)
-    check(isinstance(model, kinds), path, f"a folder of {expected}", type(model).__name__)
-    return model
-
-
-def _tokenizer(options: Namespace) -> Tokenizer:
-    return load_tokenizer(options.tokenizer or options.model)
-
-
-def _device(options: Namespace) -> str:
-    if options.device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+def _in_order(results: Iterator[tuple[int, Generation]]) -> Iterator[tuple[int, Generation]]:
+    """Results by index, each as soon as those before it are there; none is lost at an error."""
+    waiting, following = {}, 0
     try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device: expected cpu or cuda, got {options.device} ({reason})"
-        ) from error
-    return options.device
-
-
-def _documents(
-    options: Namespace, vocab_size: int, patch_size: int
-) -> tuple[list[Tensor], np.ndarray | None]:
-    """Documents to evaluate on, and with token shards also the training tokens."""
-    if len(options.data) == 1 and (Path(options.data[0]) / "shards.json").is_file():
-        shards = TokenShards(options.data[0])
-        expected = f"shards for patch_size {patch_size}"
-        check(shards.patch_size == patch_size, "data", expected, shards.patch_size)
-        expected = f"token ids below vocab_size {vocab_size}"
-        check(shards.vocab_size <= vocab_size, "data", expected, shards.vocab_size)
-        return shards.held_out_documents(), shards.train_tokens
-    tokenizer = _tokenizer(options)
-    expected = f"the model's of {vocab_size} tokens"
-    check(tokenizer.vocab_size <= vocab_size, "tokenizer", expected, tokenizer.vocab_size)
-    documents = []
-    for text in read_documents(options.data):
-        ids = [*tokenizer.encode(text), tokenizer.eos_id]
-        padding = -len(ids) % patch_size
-        documents.append(torch.tensor(ids + [tokenizer.pad_id] * padding))
-    return documents, None
+        for index, result in results:
+            waiting[index] = result
+            while following in waiting:
+                yield following, waiting.pop(following)
+                following += 1
+    except (Exception, KeyboardInterrupt):
+        yield from sorted(waiting.items())
+        raise
 
 
 def _print_json(value: Any) -> None:

@@ -53,8 +53,11 @@ def energy_score(
     return Cost(flop, traffic + x.shape[1] * mean.itemsize)
 
 
-def linear_argmax(backward: bool, *, hidden: Tensor, weight: Tensor) -> Cost:
-    traffic = hidden.nbytes + weight.nbytes + hidden.shape[0] * ID_BYTES
+def linear_argmax(
+    backward: bool, *, hidden: Tensor, weight: Tensor, screen: Tensor | None = None
+) -> Cost:
+    read = weight if screen is None else screen
+    traffic = hidden.nbytes + read.nbytes + hidden.shape[0] * ID_BYTES
     return Cost(_product(hidden.shape[0], weight), traffic)
 
 
@@ -93,7 +96,9 @@ def decode(backward: bool, *, latents: Tensor, weights: DecoderWeights, **_) -> 
     flop = _product(rows, weights.latent.weight) + _product(rows, weights.expand.weight)
     flop += _mlps(rows, weights.patch_layers) + _mlps(tokens, weights.token_layers)
     flop += _product(tokens, weights.vocabulary)
-    return Cost(flop, latents.nbytes + _nbytes(weights) + tokens * ID_BYTES)
+    *layers, vocabulary, screen = weights
+    read = _nbytes(layers) + (vocabulary if screen is None else screen).nbytes
+    return Cost(flop, latents.nbytes + read + tokens * ID_BYTES)
 
 
 def sample_latents(

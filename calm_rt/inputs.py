@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops.linear_argmax import screen_vocabulary
 from .reference import (
     DecoderWeights,
     EncoderWeights,
@@ -151,6 +152,10 @@ def head(hidden: int, noise: int, latent: int, blocks: int) -> HeadWeights:
 
 def linear_argmax(rows: int, size: int, vocabulary: int) -> dict[str, Any]:
     return dict(hidden=normal(1, rows, size), weight=normal(2, vocabulary, size))
+
+
+def argmax_screen(arguments: dict[str, Any]) -> dict[str, Any]:
+    return dict(screen=screen_vocabulary(arguments["weight"]))
 
 
 def ties(rows: int, size: int, vocabulary: int) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def run_quickstart(
         _print_samples(model, tokenizer, shards, seed)
     metrics["seconds"] = time.perf_counter() - start
     write_json(output / "metrics.json", finite(metrics))
-    stage(f"done; the model is in {output}: calm-rt generate {output} 'The '")
+    stage(f"done; the model is in {output}: calm-rt generate --model {output} --prompt 'The '")
     return metrics
 
 

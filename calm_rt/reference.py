@@ -221,6 +221,7 @@ class DecoderWeights(NamedTuple):
     token_layers: list[MlpWeights]
     norm: Tensor  # [H]
     vocabulary: Tensor  # [V, H]
+    screen: Tensor | None = None  # of the vocabulary, for ops.linear_argmax; changes no result
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

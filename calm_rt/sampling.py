@@ -1,7 +1,12 @@
-"""Sampling of the next patch: one draw at T = 1, a vote in a pool of draws below (paper
-algorithm 2)."""
+"""Sampling of the next patch at a temperature.
+
+T = 1 is one draw. Below it either a pool of draws votes (paper algorithm 2, calm_rt.pool), at a
+cost known beforehand and with a distribution that comes near p^(1/T) / Z in large pools, or draws
+are rejected (algorithm 1, calm_rt.rejection), which is exact and takes as long as it takes.
+"""
 
 import math
+import warnings
 from fractions import Fraction
 from numbers import Rational
 from typing import NamedTuple
@@ -9,41 +14,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calm_rt import ops
+from calm_rt.draws import Draws
 from calm_rt.nn import Calm
-from calm_rt.ops.check import check
+from calm_rt.ops.check import check, check_device, check_int64, check_shape, may_look, seed_and_rows
+from calm_rt.pool import vote
+from calm_rt.rejection import LARGEST_ROUND, reject
 
+MAX_DRAWS = 10_000  # of a context, 50 pools of the official size
+POOL_BYTES = 1 << 28  # of draws that are held at once
 SNAP = (
     2.0**-20
 )  # 1 / T this close (relative) to an integer is that integer: covers T rounded to float32
 
 
-def parse_temperature(temperature: float | Fraction | str) -> Fraction:
-    """The temperature as 0 or an exact 1 / n.
-
-    temperature: a number, a Fraction or text such as "1/3" or "0.5"; 1 / T is snapped to an integer
-        within rounding.
-    returns: Fraction(0) or Fraction(1, n).
-    raises: ValueError for anything that is neither.
-    """
-    expected = "0, or 1/n such as 1, 1/2 or 0.25"
-    try:
-        exact = isinstance(temperature, Rational | str)
-        value = Fraction(temperature) if exact else Fraction(float(temperature))
-    except (ValueError, OverflowError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"temperature: expected {expected}, got {temperature!r}") from error
-    if value == 0:
-        return value
-    if not 0 < value <= 1:
-        raise ValueError(f"temperature: expected {expected}, got {temperature}")
-    n = round(1 / value)
-    if abs(n * value - 1) <= SNAP:
-        return Fraction(1, n)
-    n = math.floor(1 / value)
-    neighbours = f"1/{n + 1} and {Fraction(1, n)}"
-    raise ValueError(
-        f"temperature: expected {expected}, got {temperature}; the nearest are {neighbours}"
-    )
+METHODS = ("pool", "exact")
 
 
 class PatchSample(NamedTuple):
@@ -52,9 +36,46 @@ class PatchSample(NamedTuple):
     patches: Tensor  # [B, K] int64, the chosen tokens
     draws: Tensor  # [B] int64, vectors that the head drew for each context
     slots: Tensor  # [B] int64, tokens decoded for it; all of them would be draws * K
-    exact: Tensor  # [B] bool, drawn by algorithm 1 or at T = 1; False where a pool chose
+    exact: Tensor  # [B] bool, of p^(1/T) / Z: algorithm 1 or T = 1; False where a pool chose
 
 
+class BudgetError(RuntimeError):
+    """Algorithm 1 found no patch within max_draws."""
+
+
+def parse_temperature(temperature: float | Fraction | str, method: str = "pool") -> Fraction:
+    """The temperature as an exact number.
+
+    temperature: a number, a Fraction or text such as "1/3" or "0.5"; within rounding of 1 / n it
+        is 1 / n.
+    method: "pool", or "exact" for algorithm 1.
+    returns: Fraction(0) or Fraction(1, n) for "pool", any in (0, 1] for "exact".
+    raises: ValueError for anything else.
+    """
+    check(method in METHODS, "method", '"pool" or "exact"', repr(method))
+    exact = method == "exact"
+    expected = "a number in (0, 1]" if exact else "0, or 1/n such as 1, 1/2 or 0.25"
+    try:
+        rational = isinstance(temperature, Rational | str)
+        value = Fraction(temperature) if rational else Fraction(float(temperature))
+    except (ValueError, OverflowError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"temperature: expected {expected}, got {temperature!r}") from error
+    if value == 0 and not exact:
+        return value
+    check(0 < value <= 1, "temperature", expected, temperature)
+    n = round(1 / value)
+    if abs(n * value - 1) <= SNAP:
+        return Fraction(1, n)
+    if exact:
+        return value
+    n = math.floor(1 / value)
+    raise ValueError(
+        f"temperature: expected {expected}, got {temperature}; the nearest are 1/{n + 1} and "
+        f'{Fraction(1, n)}, and method="exact" takes any'
+    )
+
+
+@torch.no_grad()
 def sample_patches(
     model: Calm,
     hidden: Tensor,
@@ -62,7 +83,7 @@ def sample_patches(
     temperature: float | Fraction | str = 1,
     num_candidates: int = 200,
     method: str = "pool",
-    max_draws: int = 10_000,
+    max_draws: int = MAX_DRAWS,
     on_budget: str = "raise",
     prefix: Tensor | None = None,
     seed: int | Tensor = 0,
@@ -71,29 +92,141 @@ def sample_patches(
     """One patch of tokens for every context.
 
     T = 1: the decoded latent vector of one draw.
-    T = 1/n: algorithm 2 on a pool of num_candidates draws.
-    T = 0: the most frequent patch of the pool, ties decided uniformly (algorithm 2 with the largest
-        n that the pool can show).
+    method "pool": algorithm 2 on a pool of num_candidates draws, T = 1/n; at T = 0 the most
+        frequent patch of the pool, ties decided uniformly. Where no patch repeats it is one draw.
+    method "exact": algorithm 1, any T in (0, 1].
     hidden: [B, H], hidden states of the backbone.
-    method: "pool", or "exact" for algorithm 1.
+    num_candidates: of a pool, at least 1.
     max_draws: of one context, by algorithm 1 or in search of a prefix.
-    on_budget: what follows max_draws in algorithm 1: "raise", or "pool" to let a pool choose.
-    prefix: [B, K] int64, known first tokens of each patch and -1 where it is free.
-    rows: [B] int64, row ids; None for 0, 1, ....
-    raises: ValueError for a temperature outside {0, 1, 1/2, 1/3, ...} or an empty pool.
+    on_budget: what follows when algorithm 1 has made max_draws: "raise", or "pool" to let a new
+        pool choose, at the 1/n with n nearest to 1/T (then exact is False).
+    prefix: [B, K] int64, known first tokens of each patch, -1 where it is free. The patch comes
+        from the conditional distribution at the temperature: only draws that begin with the tokens
+        count, in further pools if there is none in the first. If there is none within max_draws, a
+        warning says so, and the tokens are put over what the last pool chooses.
+    seed: an int, or [] int64.
+    rows: [B] int64, row ids, on which a context's draws depend; None for 0, 1, ....
+    returns: PatchSample. The draws of a context depend on (seed, row id, number of the draw) only.
+    raises: ValueError for a temperature that the method does not have, and for other arguments out
+        of range; BudgetError for contexts for which algorithm 1 found no patch.
+    source: paper algorithms 1 and 2, the official CALM.temperature_sampling.
     """
-    temperature = parse_temperature(temperature)
+    temperature = parse_temperature(temperature, method)
+    check_shape("hidden", hidden, B=None, H=model.config.hidden_size)
     check(num_candidates >= 1, "num_candidates", "at least 1", num_candidates)
-    check(method in ("pool", "exact"), "method", '"pool" or "exact"', repr(method))
+    check(max_draws >= 1, "max_draws", "at least 1", max_draws)
     check(on_budget in ("raise", "pool"), "on_budget", '"raise" or "pool"', repr(on_budget))
-    if method == "exact" or prefix is not None:
-        raise NotImplementedError
-    num_draws = 1 if temperature == 1 else num_candidates
-    latents = model.sample(hidden, num_draws, seed, rows)  # [S, B, L]
-    pool = model.ae_model.decode(latents).transpose(0, 1)  # [B, S, K]
-    n = temperature.denominator if temperature else num_candidates
-    chosen = ops.select_patch(pool, n=n, seed=seed, rows=rows)
-    patches = pool[torch.arange(len(pool), device=pool.device), chosen]
-    draws = torch.full_like(chosen, num_draws)
-    exact = torch.full_like(chosen, temperature == 1, dtype=torch.bool)
-    return PatchSample(patches, draws, draws * patches.shape[1], exact)
+    if prefix is not None:
+        _check_prefix(model, hidden, prefix)
+    seed, rows = seed_and_rows(seed, rows, len(hidden), hidden.device)
+    if temperature == 1 and prefix is None:
+        patches = model.ae_model.decode(model.sample(hidden, 1, seed, rows)[0])
+        draws = torch.ones_like(rows)
+        return PatchSample(patches, draws, draws * patches.shape[1], draws > 0)
+
+    # The draws of so many contexts fit in POOL_BYTES; others wait.
+    largest = num_candidates if method == "pool" else max(num_candidates, LARGEST_ROUND)
+    decoder = model.ae_model.config
+    bytes_of_draw = hidden.element_size() * (decoder.latent_size + 2 * decoder.hidden_size)
+    parts = []
+    for part in torch.arange(len(rows), device=rows.device).split(
+        max(1, POOL_BYTES // (largest * bytes_of_draw))
+    ):
+        draws = Draws(model, hidden[part], seed, rows[part])
+        known = None if prefix is None else prefix[part]
+        if method == "exact":
+            settings = (num_candidates, max_draws, on_budget, known)
+            parts.append(sample_by_rejection(draws, temperature, *settings))
+        else:
+            parts.append(sample_from_pool(draws, temperature, num_candidates, max_draws, known))
+    return PatchSample(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def sample_from_pool(
+    draws: Draws,
+    temperature: Fraction,
+    num_candidates: int,
+    max_draws: int,
+    prefix: Tensor | None,
+    first_round: int = 0,
+) -> PatchSample:
+    """Algorithm 2 on all contexts, each on a round of draws; see `sample_patches`.
+
+    first_round: number of the first pool's round.
+    """
+    n = min(temperature.denominator, num_candidates) if temperature else num_candidates
+    num_contexts, device = len(draws.rows), draws.rows.device
+    patches = torch.full((num_contexts, draws.patch_size), -1, device=device)
+    drawn = torch.zeros(num_contexts, dtype=torch.int64, device=device)
+    slots, exact = torch.zeros_like(drawn), torch.zeros_like(drawn, dtype=torch.bool)
+    active, number = torch.arange(num_contexts, device=device), first_round
+    while True:
+        some = draws.of(active)
+        states = some.draw(number, num_candidates)
+        choice = vote(some, states, n, None if prefix is None else prefix[active])
+        patches[active] = choice.patches
+        exact[active] = choice.matched & (temperature == 1)
+        drawn[active] += num_candidates
+        slots[active] += choice.slots
+        number += 1
+        missing = ~choice.matched
+        active = active[missing]
+        if not len(active):
+            return PatchSample(patches, drawn, slots, exact)
+        if (number - first_round + 1) * num_candidates > max_draws:
+            break
+    warnings.warn(
+        f"prefix: no draw of {number * num_candidates} begins with the known tokens in "
+        f"{len(active)} of {num_contexts} contexts; they are put over another patch",
+        stacklevel=3,
+    )
+    choice = vote(draws.of(active), states[missing], n)
+    known = prefix[active]
+    patches[active] = torch.where(known < 0, choice.patches, known)
+    slots[active] += choice.slots
+    return PatchSample(patches, drawn, slots, exact)
+
+
+def sample_by_rejection(
+    draws: Draws,
+    temperature: Fraction,
+    num_candidates: int,
+    max_draws: int,
+    on_budget: str,
+    prefix: Tensor | None,
+) -> PatchSample:
+    """Algorithm 1 on all contexts; see `sample_patches`."""
+    result = reject(draws, temperature, max_draws, prefix)
+    sample = PatchSample(result.patches, result.draws, result.slots, result.found)
+    missing = (~result.found).nonzero().squeeze(1)
+    if not len(missing):
+        return sample
+    if on_budget == "raise":
+        rows = draws.rows[missing].tolist()
+        raise BudgetError(
+            f"algorithm 1 at temperature {temperature}: no patch within max_draws = {max_draws} "
+            f"in {len(missing)} of {len(result.found)} contexts, the first with row id {rows[0]}; "
+            'raise max_draws, or pass on_budget="pool"'
+        )
+    nearest = Fraction(1, round(1 / temperature))
+    known = None if prefix is None else prefix[missing]
+    rest = sample_from_pool(
+        draws.of(missing), nearest, num_candidates, max_draws, known, result.rounds
+    )
+    sample.patches[missing] = rest.patches
+    sample.draws[missing] += rest.draws
+    sample.slots[missing] += rest.slots
+    return sample
+
+
+def _check_prefix(model: Calm, hidden: Tensor, prefix: Tensor) -> None:
+    check_shape("prefix", prefix, B=len(hidden), K=model.config.patch_size)
+    check_int64("prefix", prefix)
+    check_device(hidden.device, prefix=prefix)
+    if may_look(prefix):
+        low, high = (int(bound) for bound in prefix.aminmax())
+        sizes = f"token ids below {model.config.vocab_size}, or -1"
+        check(-1 <= low and high < model.config.vocab_size, "prefix", sizes, (low, high))
+        known = prefix >= 0
+        ordered = bool((known[:, 1:] <= known[:, :-1]).all())
+        check(ordered, "prefix", "known tokens first, then -1", prefix.tolist())

@@ -33,6 +33,7 @@ class Case:
     benchmark: large, for timing; the others are small, for the laws.
     dtype: that the benchmark runs in.  rounds: how often it is timed.
     official_arguments: what the official formula takes where the op takes something prepared.
+    prepare: from the arguments in their type, what the op takes beside them, made beforehand.
     """
 
     op: str
@@ -47,6 +48,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     rounds: int = 15
     official_arguments: Callable[[], dict[str, Any]] | None = None
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -63,6 +65,8 @@ class Case:
         arguments = tree_map(lambda value: move(value, dtype or self.dtype, device), arguments)
         for leaf in self.leaves(arguments):
             leaf.requires_grad_()
+        if self.prepare and not official:
+            arguments |= self.prepare(arguments)
         return arguments
 
     def leaves(self, arguments: dict[str, Any]) -> list[Tensor]:
@@ -94,6 +98,7 @@ def _energy_case(
 
 def _argmax_case(name: str, maker: Callable = inputs.linear_argmax, **options: Any) -> Case:
     benchmark, dtype = options.pop("benchmark", False), options.pop("dtype", torch.float32)
+    screened = options.pop("screened", False)
     return Case(
         "linear_argmax",
         name,
@@ -101,6 +106,7 @@ def _argmax_case(name: str, maker: Callable = inputs.linear_argmax, **options: A
         row_dims={"hidden": 0},
         benchmark=benchmark,
         dtype=dtype,
+        prepare=inputs.argmax_screen if screened else None,
     )
 
 
@@ -213,6 +219,22 @@ CASES = (
         benchmark=True,
         dtype=torch.bfloat16,
         rows=800,
+        size=512,
+        vocabulary=128257,
+    ),
+    _argmax_case(
+        "screened-R4-H512-V128257",
+        benchmark=True,
+        screened=True,
+        rows=4,
+        size=512,
+        vocabulary=128257,
+    ),
+    _argmax_case(
+        "screened-R200-H512-V128257",
+        benchmark=True,
+        screened=True,
+        rows=200,
         size=512,
         vocabulary=128257,
     ),

@@ -42,7 +42,7 @@ STABLE_TORCH_LIBRARY(calm_rt, m) {
       "Tensor");
   m.def(
       "decode(Tensor latents, Tensor latent, Tensor latent_bias, Tensor[] patch_layers, Tensor expand, Tensor "
-      "expand_bias, Tensor[] token_layers, Tensor norm, Tensor vocabulary, float eps) -> Tensor");
+      "expand_bias, Tensor[] token_layers, Tensor norm, Tensor vocabulary, Tensor? screen, float eps) -> Tensor");
   m.def(
       "encode(Tensor ids, Tensor tables, Tensor[] token_layers, Tensor? squeeze, Tensor? squeeze_bias, Tensor[] "
       "patch_layers, Tensor norm, Tensor latent, Tensor latent_bias, float eps) -> (Tensor mean, Tensor log_std)");
@@ -57,7 +57,7 @@ STABLE_TORCH_LIBRARY(calm_rt, m) {
       "gated_mlp_backward(Tensor grad_out, Tensor grad_product, Tensor x, Tensor norm_weight, Tensor gate, Tensor up, "
       "Tensor down, Tensor gate_product, Tensor up_product, float eps, bool need_grad_matrices) -> (Tensor grad_x, "
       "Tensor grad_norm_weight, Tensor grad_gate, Tensor grad_up, Tensor grad_down)");
-  m.def("linear_argmax(Tensor hidden, Tensor weight) -> Tensor");
+  m.def("linear_argmax(Tensor hidden, Tensor weight, Tensor? screen) -> Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? scale, int ignore_index, "
       "int max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight) -> (Tensor total, Tensor loss, "
@@ -70,6 +70,7 @@ STABLE_TORCH_LIBRARY(calm_rt, m) {
       "sample_latents_backward(Tensor grad_latents, Tensor hidden, Tensor[] weights, Tensor seed, Tensor rows, Tensor "
       "products, Tensor stream, Tensor contexts, float eps, bool need_grad_weights) -> (Tensor grad_hidden, Tensor[] "
       "grad_weights)");
+  m.def("screen_vocabulary(Tensor weight) -> Tensor");
   m.def("select_patch(Tensor tokens, Tensor seed, Tensor rows, int n) -> Tensor");
 }
 
@@ -89,6 +90,7 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt, CPU, m) {
   m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cpu>));
   m.impl("sample_latents", TORCH_BOX(&calm_rt::sample_latents<calm_rt::Cpu>));
   m.impl("sample_latents_backward", TORCH_BOX(&calm_rt::sample_latents_backward<calm_rt::Cpu>));
+  m.impl("screen_vocabulary", TORCH_BOX(&calm_rt::screen_vocabulary));
   m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cpu>));
 }
 

@@ -21,6 +21,8 @@ AE = {"patch_size": 4, "vocab_size": 50, "hidden_size": 16, "intermediate_size":
 AE |= {"latent_size": 8, "pad_token_id": 3}
 LM = {**AE, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 LM |= {"num_mlp_layers": 1, "noise_size": 6, "num_samples": 4, "max_position_embeddings": 64}
+DRAWS = 200  # of a loss, to compare two means
+SIGMAS = 5.0  # two means of the same distribution differ by more once in two million times
 
 
 @dataclass
@@ -271,3 +273,24 @@ def build(kind: str = "EnergyTransformer", seed: int = 0, **changes: Any) -> nn.
         if kind == "Autoencoder":
             return autoencoder
         return globals()[kind](CalmConfig(**{**LM, **changes}), autoencoder)
+
+
+def token_ids(batch: int = 2, patches: int = 4, patch_size: int = 4, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, AE["vocab_size"], (batch, patches * patch_size), generator=generator)
+
+
+def losses(model: nn.Module, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    """[DRAWS] losses with new noise each."""
+    labels = ids if labels is None else labels
+    with torch.no_grad():
+        return torch.stack(
+            [model(input_ids=ids, labels=labels).loss for _ in range(DRAWS)]
+        ).double()
+
+
+def assert_same_mean(first: Tensor, second: Tensor) -> None:
+    """first, second: [N, ...] draws of what should be one distribution."""
+    spread = (first.var(0) / len(first) + second.var(0) / len(second)).sqrt()
+    error = (first.mean(0) - second.mean(0)).abs()
+    assert (error <= SIGMAS * spread).all(), (error / spread).max()

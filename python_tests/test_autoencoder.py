@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 import calm_rt
 from calm_rt import inputs, ops, reference
-from calm_rt.nn import Autoencoder, AutoencoderConfig, fold_encoder, folded_bytes
+from calm_rt.nn import Autoencoder, AutoencoderConfig, fold_encoder, folded_bytes, screen_decoder
 from calm_rt.ops.decode import decode_hidden
 from calm_rt.testing import CASES
 
@@ -70,6 +70,24 @@ def test_folded_weights_get_no_gradient() -> None:
     arguments["weights"].tables.requires_grad_()
     with pytest.raises(ValueError, match="weights: expected no gradient to folded weights"):
         ops.encode(**arguments)
+
+
+def test_a_screen_is_used_for_the_vocabulary_that_it_is_of() -> None:
+    latents = torch.randn(20, 5, generator=torch.Generator().manual_seed(2))
+    autoencoder = frozen()
+    expected = autoencoder.decode(latents)
+    screen_decoder(autoencoder)
+    assert autoencoder.decoder.weights().screen is not None
+    assert autoencoder.state_dict().keys() == frozen().state_dict().keys()
+    assert torch.equal(autoencoder.decode(latents), expected)
+    assert torch.equal(autoencoder.decode(latents[:1]), expected[:1])
+    with torch.no_grad():
+        autoencoder.decoder.lm_head_weight.neg_()  # a stale screen would show
+    assert autoencoder.decoder.weights().screen is None
+    changed = autoencoder.decode(latents)
+    assert not torch.equal(changed, expected)
+    screen_decoder(autoencoder)
+    assert torch.equal(autoencoder.decode(latents), changed)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

@@ -113,8 +113,8 @@ def test_costs_of_the_head_leave_out_the_repeated_context():
 
 
 def test_limits_are_those_of_the_fastest_round(monkeypatch):
-    monkeypatch.setattr(benchmark, "COPY_BYTES", 1 << 20)
-    monkeypatch.setattr(benchmark, "PRODUCT_SIZE", 64)
+    monkeypatch.setattr(benchmark, "COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(benchmark, "PRODUCT_SIZE", {"cpu": 64})
     monkeypatch.setattr(
         benchmark, "compete", lambda calls, *_: {name: [4.0, 2.0] for name in calls}
     )

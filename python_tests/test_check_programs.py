@@ -16,8 +16,9 @@ from test_simulator import ROOT, built
 def run_check(program: Path, *kernels: str) -> subprocess.CompletedProcess:
     # ThreadSanitizer of GCC 12 and 13 stops where addresses are randomised by more bits
     prefix = ["setarch", "-R"] if "tsan" in program.name and randomised_beyond_tsan() else []
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}  # one race is enough
     return subprocess.run(
-        [*prefix, program, *kernels], capture_output=True, text=True, timeout=300, check=False
+        [*prefix, program, *kernels], env=environment, capture_output=True, text=True, timeout=300
     )
 
 
@@ -74,6 +75,14 @@ def argmax_bug(name: str, old: str, new: str, report: str, build: str = "plain")
     return Bug(name, "linear_argmax.cu", old, new, report, build)
 
 
+def winner_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "winner.cuh", old, new, report, build, "linear_argmax.cu")
+
+
+def groups_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "argmax_groups.cu", old, new, report, build)
+
+
 def cross_entropy_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
     return Bug(name, "linear_cross_entropy.cu", old, new, report, build)
 
@@ -109,7 +118,14 @@ NORM_SLACK = "fmaf(factor, norm.value[e], score.value[e])"
 NORM_ROOM = "sqrtf(sum) * excess + kNormRoom"
 MAXIMUM = "if (lane == 0) maxima[warp] = value;\n"
 KNOWN = "if (threadIdx.x == 0 && known)"
-TIE = "score == other.score && id < other.id"
+TIE = "(score == other.score) & lower"
+COPIES_DONE = "copies_done<kStages - 2>();"
+STEP_READY = "__syncthreads();  // this step's copies are there, the last stage has been read\n"
+NEXT_STEP = "    copy_step(step + kStages - 1);\n"
+ENTRY_ROW = "half + j * 16 + lane % 16"
+TOP_SHUFFLE = "__shfl_xor_sync(kFullMask, top.largest, offset)"
+BITS_ROOM = "fmaf(BoundGroups::kRelative, fabsf(score)"
+NEXT_WINS = "winner.may_lose_to(without_entry(next), p.first_id + first_entry)"
 
 SUMS_WRITTEN = "partial[threadIdx.x] = sum;\n  __syncthreads();\n"
 VARIANCE = "rsqrtf(warp_sum(squares)"
@@ -199,21 +215,46 @@ BUGS = (
         "tsan",
         user="linear_argmax.cu",
     ),
-    argmax_bug(
+    winner_bug(
         "winners-not-waited-for",
         WINNERS_WRITTEN,
         WINNERS_WRITTEN.removesuffix(BARRIER),
         RACE,
         "tsan",
     ),
-    argmax_bug("winners-overwritten", WINNERS_READ, "", RACE, "tsan"),
+    winner_bug("winners-overwritten", WINNERS_READ, "", RACE, "tsan"),
     argmax_bug("no-slack-for-operands", NORM_SLACK, "score.value[e]", WRONG),
     argmax_bug("half-the-slack", NORM_SLACK, NORM_SLACK.replace("factor", "factor / 2"), WRONG),
     argmax_bug("no-room-for-underflow", NORM_ROOM, "sqrtf(sum) * excess", WRONG),
-    argmax_bug("overflow-taken-for-a-score", CLAMPED, "static_cast<float>(score)", WRONG),
-    argmax_bug("ties-to-the-highest", TIE, TIE.replace("id <", "id >"), WRONG),
-    argmax_bug("any-nan", "isnan(bound) && entry_id < id", "false", WRONG),
+    winner_bug("overflow-taken-for-a-score", CLAMPED, "static_cast<float>(score)", WRONG),
+    winner_bug("ties-to-the-highest", TIE, TIE.replace("lower", "!lower"), WRONG),
+    winner_bug("any-nan", "isnan(bound) & lower", "false", WRONG),
     argmax_bug("one-candidate-a-lane", "selected &= selected - 1", "selected = 0", WRONG),
+    groups_bug("copies-not-waited-for", COPIES_DONE, "", WRONG),
+    groups_bug("copies-waited-for-too-late", COPIES_DONE, COPIES_DONE.replace("2", "1"), WRONG),
+    groups_bug("no-barrier-after-copies", STEP_READY, "\n", RACE, "tsan"),
+    groups_bug("stage-overwritten", STEP_READY + NEXT_STEP, NEXT_STEP + STEP_READY, RACE, "tsan"),
+    groups_bug("read-past-the-ring", ENTRY_ROW, f"{ENTRY_ROW} + 8", "AddressSanitizer", "asan"),
+    groups_bug(
+        "lane-not-in-mask",
+        TOP_SHUFFLE,
+        TOP_SHUFFLE.replace("kFullMask", "0x7FFFFFFFu"),
+        "the mask does not name the calling lane at",
+    ),
+    groups_bug(
+        "half-a-warp-multiplies",
+        "multiply_add(sum",
+        "if (lane < 16) multiply_add(sum",
+        "lanes of one mask meet in different collectives at",
+    ),
+    groups_bug("entries-beyond-the-last", "if (entry < limit) top.add", "top.add", WRONG),
+    groups_bug("columns-beyond-the-row", "&& column < size", "", WRONG),
+    groups_bug("rows-beyond-the-last", "first_row + row < length &&", "", "Sanitizer", "asan"),
+    groups_bug("half-the-slack", "p.factor(),", "p.factor() / 2,", WRONG),
+    groups_bug("no-room-for-the-entry", BITS_ROOM, "fmaf(0.f, fabsf(score)", WRONG),
+    groups_bug("one-lane-of-two", "offset < 4", "offset < 2", WRONG),
+    groups_bug("one-candidate-a-group", NEXT_WINS, "false", WRONG),
+    groups_bug("nan-is-no-group", "isnan(largest) ||", "", WRONG),
     Bug("misaligned", "primitives.cuh", "length % COUNT == 0 &&", "", "misaligned access at"),
 )
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_runs import SENTENCES, SHORT, SIZES, output_of
 
 from calm_rt import checkpoint, cli
 from calm_rt.data import TokenShards
@@ -25,71 +26,9 @@ COMMANDS = [
     "evaluate",
     "convert",
     "bench",
+    "plan",
 ]
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "official_k4"
-SHORT = [
-    "--batch-size",
-    "4",
-    "--block-size",
-    "32",
-    "--evaluation-blocks",
-    "2",
-    "--warmup-steps",
-    "2",
-]
-SIZES = ["--hidden-size", "16", "--intermediate-size", "32"]
-SENTENCES = "The cat sat on the mat. A dog ran to the door! Who is there? It was the wind.\n"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A corpus, its shards, an autoencoder and a CALM of a few steps."""
-    folder = tmp_path_factory.mktemp("cli")
-    lines = [json.dumps({"text": SENTENCES[i % 40 :] * (i % 5 + 1)}) for i in range(60)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
-    data, autoencoder, calm = (str(folder / name) for name in ("data", "autoencoder", "calm"))
-    options = ["--vocab-size", "300", "--patch-size", "2", "--held-out", "0.3"]
-    assert cli.main(["tokenize", str(folder / "corpus.jsonl"), "--output", data, *options]) == 0
-    options = [*SIZES, "--latent-size", "8", "--steps", "4", *SHORT]
-    assert cli.main(["train-autoencoder", data, "--output", autoencoder, *options]) == 0
-    options = [
-        *SIZES,
-        "--num-hidden-layers",
-        "1",
-        "--num-attention-heads",
-        "2",
-        "--noise-size",
-        "4",
-    ]
-    options += ["--num-mlp-layers", "1", "--num-samples", "2", "--steps", "4", *SHORT]
-    options += ["--max-position-embeddings", "64", "--autoencoder", autoencoder]
-    assert cli.main(["train", data, "--output", calm, *options]) == 0
-    return folder
-
-
-@pytest.fixture
-def fails(capsys):
-    """Runs a command that must fail with one line that matches."""
-
-    def check(arguments, *words):
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        error = capsys.readouterr().err.strip()
-        line = error.splitlines()[-1]
-        assert code == 2, error
-        assert line.startswith("calm-rt") and "Traceback" not in error
-        assert all(word in line for word in words), line
-        return line
-
-    return check
-
-
-def output_of(capsys, *arguments):
-    capsys.readouterr()
-    assert cli.main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -140,20 +79,6 @@ def test_train_resume(folder, tmp_path, capsys):
     assert report["step"] == 6 and 0 <= report["accuracy"] <= 1
 
 
-def test_generate(folder, capsys):
-    command = ["generate", folder / "calm", "The cat", "A dog", "--max-new-tokens", 9]
-    results = json.loads(output_of(capsys, *command, "--temperature", "1/2", "--json"))
-    assert [result["prompt"] for result in results] == ["The cat", "A dog"]
-    assert all(len(result["ids"]) <= 9 for result in results)
-    again = json.loads(output_of(capsys, *command, "--temperature", "0.5", "--json"))
-    assert [r["ids"] for r in again] == [r["ids"] for r in results]
-    plain = output_of(capsys, *command, "--temperature", "1/2")
-    assert all(r["prompt"] + r["text"] in plain for r in results)
-    [first] = json.loads(output_of(capsys, *command[:3], *command[4:], "--json"))
-    streamed = output_of(capsys, *command[:3], *command[4:], "--stream")
-    assert streamed == first["prompt"] + first["text"] + "\n"
-
-
 def test_evaluate(folder, capsys):
     command = ["evaluate", folder / "calm", folder / "data", "--num-draws", 2, "--json"]
     report = json.loads(output_of(capsys, *command))
@@ -202,7 +127,8 @@ def test_quickstart(tmp_path, capsys):
     assert wanted <= set(metrics)
     assert (run / "curves.png").is_file()
     assert "BrierLM" in text and "temperature 1/3" in text
-    assert output_of(capsys, "generate", run, "The", "--max-new-tokens", 8).startswith("The")
+    command = ["generate", "--model", run, "--prompt", "The", "--max-new-tokens", 8]
+    assert output_of(capsys, *command).startswith("The")
 
 
 # ---- bad input ----
@@ -265,21 +191,25 @@ def test_bad_checkpoints(folder, fails, tmp_path):
         file = broken / "model.safetensors"
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"PK" * 500)
-        fails(["generate", broken, "x"], "model.safetensors", "damaged")
+        fails(["generate", "--model", broken, "--prompt", "x"], "model.safetensors", "damaged")
         fails(["evaluate", broken, folder / "data"], "damaged")
         fails(["convert", broken, tmp_path / "out"], "damaged")
         (broken / STATE).write_bytes(whole[:100])
         run = ["train", folder / "data", "--output", broken, "--resume"]
         fails(run, STATE)
-    fails(["generate", tmp_path / "absent", "x"], "absent")
-    fails(["generate", folder / "autoencoder", "x"], "a folder of Calm", "Autoencoder")
+    fails(["generate", "--model", tmp_path / "absent", "--prompt", "x"], "absent")
+    fails(
+        ["generate", "--model", folder / "autoencoder", "--prompt", "x"],
+        "a folder of Calm",
+        "Autoencoder",
+    )
     shutil.copytree(folder / "calm", tmp_path / "mute")
     (tmp_path / "mute" / "tokenizer.model").unlink()
-    fails(["generate", tmp_path / "mute", "x"], "tokenizer")
+    fails(["generate", "--model", tmp_path / "mute", "--prompt", "x"], "tokenizer")
 
 
 def test_bad_requests(folder, fails):
-    generate = ["generate", folder / "calm", "x"]
+    generate = ["generate", "--model", folder / "calm", "--prompt", "x"]
     fails([*generate, "--temperature", "0.7"], "temperature", "1/2 and 1")
     fails([*generate, "--temperature", "2"], "temperature")
     fails([*generate, "--temperature", "nan"], "temperature")
@@ -287,6 +217,9 @@ def test_bad_requests(folder, fails):
     fails([*generate, "--max-new-tokens", -1], "max_new_tokens")
     fails([*generate, "--max-new-tokens", 1000], "max_position_embeddings")
     fails([*generate, "y", "--stream"], "stream")
+    fails([*generate, "--prompts", "-"], "not allowed with", "--prompt")
+    fails([*generate, "--method", "best"], "method")
+    fails([*generate, "--max-batch-size", 0], "max_batch_size")
     evaluate = ["evaluate", folder / "calm", folder / "data"]
     fails([*evaluate, "--num-draws", 1], "num_draws")
     fails([*evaluate, "--block-size", 3], "block_size")
@@ -307,7 +240,7 @@ def test_full_disk(folder, fails, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("calm_rt.checkpoint.save_file", full)
+    monkeypatch.setattr("calm_rt.tensor_files.save_file", full)
     start = ["train-autoencoder", folder / "data", *SHORT, *SIZES, "--steps", 2]
     fails([*start, "--output", tmp_path], "the disk is full", "--output")
     fails(["convert", folder / "calm", tmp_path / "out"], "the disk is full")

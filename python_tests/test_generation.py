@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_rt import generation
-from calm_rt.generation import Generator
+from calm_rt import engine, generation
+from calm_rt.generation import GenerationError, Generator
 from calm_rt.nn import AutoencoderConfig, Calm, CalmConfig
 from calm_rt.sampling import PatchSample, sample_patches
 
@@ -82,10 +82,11 @@ def scripted(monkeypatch, model):
                 patch = text[first : first + PATCH]
                 patches.append(patch + [EOS] + [65] * (PATCH - len(patch) - 1))
             count, every = torch.ones_like(rows), torch.ones_like(rows, dtype=torch.bool)
-            patches = torch.tensor([patch[:PATCH] for patch in patches])
+            patches = torch.tensor([patch[:PATCH] for patch in patches]).view(-1, PATCH)
             return PatchSample(patches, count, PATCH * count, every)
 
-        monkeypatch.setattr(generation, "sample_patches", draw)
+        for module in (engine, generation):
+            monkeypatch.setattr(module, "sample_patches", draw)
         return Generator(model, Bytes())
 
     return play
@@ -205,9 +206,8 @@ def test_prompts_fill_their_first_patch_at_the_left(model, monkeypatch):
         model, "hidden_states", lambda ids, cache: seen.append(ids) or original(ids, cache)
     )
     Generator(model, Bytes()).generate(["", "abcde", "abcd"], max_new_tokens=1)
-    assert seen[0][0, :4].tolist() == [BOS] * 4
-    assert seen[0][1].tolist() == [BOS] * 3 + list(b"abcde")
-    assert seen[0][2, :4].tolist() == list(b"abcd")
+    assert [ids[:, :4].tolist() for ids in seen[:1]] == [[[BOS] * 3 + [97], [BOS] * 4, [*b"abcd"]]]
+    assert seen[0][0].tolist() == [BOS] * 3 + list(b"abcde")  # the longest stands first
 
 
 def test_eos_fills_where_there_is_no_bos():
@@ -224,7 +224,8 @@ def test_longest_text(model):
     [result] = generator.generate([[1] * 4 * 38], max_new_tokens=8)
     assert result.ids and not any(i < 0 for i in result.ids)
     for prompt, count in (([1] * 4 * 38, 9), ([], 160), ([1] * 161, 0)):
-        with pytest.raises(ValueError, match="max_position_embeddings = 40 patches"):
+        message = r"prompts\[0\].*max_position_embeddings = 40 patches"
+        with pytest.raises(ValueError, match=message):
             generator.generate([prompt], max_new_tokens=count)
 
 
@@ -250,6 +251,9 @@ def test_no_prompts(model):
         ([[1]], {"sequence_ids": [1, 2]}, "sequence_ids"),
         ([[1]], {"sequence_ids": [2**31]}, "sequence_ids"),
         ([[1]], {"seed": 2**64}, "seed"),
+        ([[1]], {"method": "best"}, "method"),
+        ([[1]], {"on_budget": "stop"}, "on_budget"),
+        ([[1]], {"prompt": "pad"}, "prompt: expected one of align, constrain"),
     ],
 )
 def test_bad_requests(model, prompts, changes, message):
@@ -268,5 +272,22 @@ def test_foreign_models_and_tokenizers(model):
 def test_damaged_weights_are_reported():
     damaged = build_model()
     damaged.transformer.norm.weight.data[3] = torch.nan
-    with pytest.raises(ValueError, match="NaN or inf"):
-        Generator(damaged).generate([[1]], max_new_tokens=4)
+    with pytest.raises(GenerationError, match=r"sequence 0, step 0: .* NaN or inf .*1 more"):
+        Generator(damaged).generate([[1], [2]], max_new_tokens=4)
+
+
+def test_a_stream_ends_with_the_error_behind_its_text(scripted, monkeypatch):
+    generator = scripted("abcdefghijkl")
+    extend_well = engine.TokenSequence.extend
+
+    def extend(self, *drawn):
+        extend_well(self, *drawn)
+        if self.steps == 2:
+            self.fail("planted")
+
+    monkeypatch.setattr(engine.TokenSequence, "extend", extend)
+    pieces = []
+    with pytest.raises(GenerationError, match="sequence 0, step 2: planted"):
+        for piece in generator.stream("x", max_new_tokens=12):
+            pieces.append(piece)
+    assert "".join(pieces) == "abcdefgh"

@@ -60,7 +60,8 @@ def test_laws_hold(isa: str) -> None:
     needs(isa)
     if isa == calm_rt.info()["build"]["isa"]:
         pytest.skip("this process uses it in test_ops.py itself")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", LAWS, "test_ops.py"]
+    files = ["test_ops.py", "test_linear_argmax.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", f"{LAWS} or test_linear_argmax", *files]
     result = subprocess.run(
         command,
         cwd=Path(__file__).parent,

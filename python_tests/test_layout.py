@@ -94,13 +94,19 @@ def test_files_keep_their_shape(path: Path) -> None:
 
 @needs_checkout
 def test_imports_go_one_way() -> None:
-    """reference <- ops <- nn <- sampling, evaluation, training, generation <- patching, cli."""
+    """reference <- ops <- nn <- sampling, evaluation, training <- generation <- patching, cli."""
     layers = [
         ["reference"],
         ["ops", "_native"],
         ["nn"],
-        ["sampling", "evaluation", "training", "generation", "losses", "brier"],
-        ["quickstart", "cli", "patching", "patched"],
+        ["draws"],
+        ["pool"],
+        ["rejection"],
+        ["sampling", "evaluation", "training", "losses", "brier"],
+        ["sequence"],
+        ["engine"],
+        ["generation"],
+        ["quickstart", "planning", "cli", "patching", "patched"],
     ]
     level = {name: depth for depth, names in enumerate(layers) for name in names}
     for path in sorted((ROOT / "calm_rt").rglob("*.py")):

@@ -5,13 +5,21 @@ import torch
 
 import calm_rt
 from calm_rt import ops
+from calm_rt.ops.linear_argmax import screen_vocabulary
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def ids(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The kernel's, which a screen made beforehand does not change, for many rows or for few."""
     with calm_rt.backend("native"):
-        return ops.linear_argmax(hidden, weight)
+        found = ops.linear_argmax(hidden, weight)
+        if weight.dtype != torch.float64:
+            screen = screen_vocabulary(weight)
+            assert torch.equal(ops.linear_argmax(hidden, weight, screen), found)
+            few = ops.linear_argmax(hidden[-2:], weight, screen)
+            assert torch.equal(few, found[-2:])
+    return found
 
 
 def exact(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -70,3 +78,37 @@ def test_mixed_types_are_compared_exactly() -> None:
     torch.manual_seed(4)
     hidden, weight = torch.randn(9, 40).bfloat16(), torch.randn(700, 40)
     assert torch.equal(ids(hidden, weight), exact(hidden, weight))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 47, 48, 49, 1000])
+@pytest.mark.parametrize("size", [1, 63, 64, 130])
+def test_screen_of_odd_sizes(vocabulary: int, size: int) -> None:
+    torch.manual_seed(5)
+    hidden, weight = torch.randn(21, size), torch.randn(vocabulary, size)
+    assert torch.equal(ids(hidden, weight), exact(hidden, weight))
+
+
+def test_screen_of_a_strided_weight() -> None:
+    torch.manual_seed(6)
+    hidden, weight = torch.randn(3, 40), torch.randn(40, 500).T
+    assert torch.equal(ids(hidden, weight), exact(hidden, weight))
+
+
+def test_no_screen_where_no_kernel_takes_one() -> None:
+    with calm_rt.backend("reference"):
+        assert screen_vocabulary(torch.randn(5, 4)) is None
+    assert screen_vocabulary(torch.randn(5, 4).double()) is None
+    assert screen_vocabulary(torch.randn(2, 32769)) is None
+
+
+def test_a_wrong_screen_is_refused() -> None:
+    hidden, weight = torch.randn(3, 40), torch.randn(500, 40)
+    for wrong in (torch.zeros(3, 4), torch.zeros(4, dtype=torch.int8)):
+        with pytest.raises(ValueError, match="screen: expected what screen_vocabulary makes"):
+            ops.linear_argmax(hidden, weight, wrong)
+    for other in (torch.randn(400, 40), torch.randn(500, 400)):
+        with pytest.raises(RuntimeError, match="screen must be what screen_vocabulary made"):
+            ops.linear_argmax(hidden, weight, screen_vocabulary(other))
+    for bad in (torch.zeros(3), torch.zeros(0, 3), torch.zeros(3, 3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="weight: expected"):
+            screen_vocabulary(bad)

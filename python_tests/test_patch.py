@@ -4,14 +4,17 @@ import copy
 from types import MethodType
 
 import pytest
+import scipy.stats
 import torch
-from draws import DRAWS, assert_same_mean, losses, token_ids
-from official_standin import build
+from official_standin import AE, DRAWS, assert_same_mean, build, losses, token_ids
 from torch import Tensor, nn
 
 import calm_rt
+from calm_rt import patching
 from calm_rt.official_models import KINDS
-from calm_rt.patching import SWITCHES
+from calm_rt.patching import BUGS, SWITCHES
+
+MODELS = KINDS[1:]
 
 
 def everything(model: nn.Module) -> list[tuple[str, dict]]:
@@ -250,3 +253,94 @@ def test_distributed_data_parallel(tmp_path):
         assert "forward" not in vars(model)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["EnergyTransformer", "FlowTransformer"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_temperature_sampling_has_the_same_distribution(kind, temperature):
+    """First tokens of 600 patches, with few candidates so that the cascade reaches every level."""
+    model = build(kind, vocab_size=8)
+    hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(2)).repeat(600, 1)
+
+    def counts() -> Tensor:
+        patches = model.temperature_sampling(hidden[:, None], temperature, num_samples=4)
+        assert patches.shape == (600, 1, 4)
+        return torch.bincount(patches[:, 0, 0], minlength=8)
+
+    before = counts()
+    calm_rt.patch(model)
+    table = torch.stack([before, counts()])
+    table = table[:, table.sum(0) >= 10]
+    assert table.shape[1] >= 2
+    assert scipy.stats.chi2_contingency(table.numpy()).pvalue > 1e-6
+
+
+def test_brier_uses_all_pairs():
+    """Same expectation as one pair, and the spread of six pairs of four draws."""
+    model, ids = build(vocab_size=8).eval(), token_ids(patches=8) % 8
+
+    def scores() -> Tensor:
+        outputs = [model(input_ids=ids, labels=ids) for _ in range(DRAWS)]
+        return torch.stack([torch.stack([o.brier1, o.brier2]) for o in outputs]).double()
+
+    before = scores()
+    calm_rt.patch(model)
+    after = scores()
+    assert_same_mean(before, after)
+    assert (after.var(0) < before.var(0)).all()
+    calm_rt.unpatch(model)
+    report = calm_rt.patch(model, keep_bugs=["one_pair_of_draws"])
+    assert report.not_cured["one_pair_of_draws"] == "in keep_bugs"
+    kept = scores()
+    assert_same_mean(before, kept)
+    assert (kept.var(0) > after.var(0)).all()
+
+
+def test_brier_of_small_patches():
+    model = build(patch_size=2, vocab_size=6, pad_token_id=None).eval()
+    ids = token_ids(patches=8, patch_size=2) % 6
+    report = calm_rt.patch(model)
+    assert "eval_brier" in report.replaced
+    output = model(input_ids=ids, labels=ids)
+    expected = calm_rt.brier_lm(model._calm_rt_patch.model, ids, num_draws=400).brier
+    scores = [model(input_ids=ids, labels=ids) for _ in range(30)]
+    mean = torch.stack([torch.stack([o.brier1, o.brier4]) for o in scores]).double()
+    reference = torch.tensor([[expected[0], expected[3]]]).expand(2, 2)
+    assert_same_mean(mean, reference)
+    assert output.brier1.ndim == 0
+
+
+def test_generate():
+    model = build()
+    prompt = token_ids(batch=2, patches=2)[:, :7]  # the last patch is not whole
+    prompt[1, 5:] = AE["pad_token_id"]
+    calm_rt.patch(model)
+    ids = model.generate(prompt, max_new_tokens=10, temperature=1.0, seed=3)
+    assert torch.equal(ids[0, :7], prompt[0]) and torch.equal(ids[1, :5], prompt[1, :5])
+    assert ids.shape[1] <= 17
+    again = model.generate(prompt, max_new_tokens=10, temperature=1.0, seed=3)
+    assert torch.equal(ids, again)
+    alone = model.generate(prompt[:1], max_length=17, temperature=1.0, seed=3)
+    assert torch.equal(alone[0], ids[0, : alone.shape[1]])
+    eos = model.eos_token_id
+    for row, start in zip(ids.tolist(), (7, 5), strict=True):
+        new = row[start : start + 10]
+        if eos in new:
+            assert set(row[start + new.index(eos) + 1 :]) <= {AE["pad_token_id"]}
+    calm_rt.unpatch(model)
+    report = calm_rt.patch(model, keep_bugs=["prompt_padding"])
+    assert report.not_cured["prompt_padding"] == "in keep_bugs"
+    assert model.generate(prompt, max_new_tokens=4, temperature=1.0).shape[1] <= 11
+
+
+def test_the_report_reads():
+    report = calm_rt.patch(build("FlowTransformer"))
+    text = str(report)
+    assert text.startswith("calm_rt.patch: FlowTransformer\n  replaced\n")
+    assert "FlowTransformer has no energy head" in text and "num_samples was never set" in text
+    names = SWITCHES.keys() | BUGS.keys()
+    assert report.replaced.keys() | report.kept.keys() == SWITCHES.keys()
+    assert (report.cured.keys() | report.not_cured.keys()) <= names | {
+        f"(by {switch})" for switch in SWITCHES
+    }
+    assert patching.PatchReport("x").__str__() == "calm_rt.patch: x"

@@ -207,7 +207,7 @@ def check_argmax(simulator, hidden: Tensor, weight: Tensor) -> None:
     assert torch.equal(ops.linear_argmax(hidden, weight), expected)
     for schedule in SCHEDULES:
         simulator.set_schedule(schedule)
-        assert torch.equal(simulator.linear_argmax(hidden, weight), expected)
+        assert torch.equal(simulator.linear_argmax(hidden, weight, None), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,4 +249,4 @@ def test_argmax_of_not_finite_scores(simulator, value: float) -> None:
 
 
 def test_argmax_without_rows(simulator) -> None:
-    assert simulator.linear_argmax(torch.ones(0, 3), torch.ones(5, 3)).shape == (0,)
+    assert simulator.linear_argmax(torch.ones(0, 3), torch.ones(5, 3), None).shape == (0,)

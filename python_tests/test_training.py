@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_rt import checkpoint
+from calm_rt import checkpoint, tensor_files
 from calm_rt.curves import TrainingLog, plot_curves, read_log
 from calm_rt.data import TokenShards, write_shards
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig

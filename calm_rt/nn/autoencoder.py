@@ -13,6 +13,7 @@ from calm_rt import ops
 from calm_rt.nn.config import AutoencoderConfig
 from calm_rt.ops.check import check, check_patches
 from calm_rt.ops.decode import decode_hidden
+from calm_rt.ops.linear_argmax import screen_vocabulary
 from calm_rt.reference import (
     DecoderWeights,
     EncoderWeights,
@@ -132,6 +133,8 @@ class Decoder(nn.Module):
         )
         self.expand_layer = nn.Linear(hidden_size, config.patch_size * hidden_size)
         self.norm = RMSNorm(hidden_size, config.rms_norm_eps)
+        self.register_buffer("screen", None, persistent=False)  # see screen_decoder
+        self._screened: tuple[int, int] | None = None  # which values of the vocabulary it is of
 
     def forward(self, latents: Tensor) -> Tensor:
         """What the vocabulary projection sees of every slot.  [R, L] -> [R, K, H]."""
@@ -148,7 +151,18 @@ class Decoder(nn.Module):
             layers[half:],
             self.norm.weight,
             self.lm_head_weight,
+            self._current_screen(),
         )
+
+    def _current_screen(self) -> Tensor | None:
+        """The screen while it is of the vocabulary as it is now; a compiled graph has none."""
+        if self.screen is None or torch.compiler.is_compiling():
+            return None
+        return self.screen if self._screened == self._values() else None
+
+    def _values(self) -> tuple[int, int]:
+        """Changes whenever the vocabulary moves or is written to."""
+        return self.lm_head_weight.data_ptr(), self.lm_head_weight._version
 
 
 class Autoencoder(nn.Module):
@@ -240,6 +254,20 @@ def fold_encoder(autoencoder: Autoencoder) -> None:
             torch.mm(hidden, slot.T, out=table)
     tables[0] += weights.squeeze.bias
     encoder.tables = tables
+
+
+def screen_decoder(autoencoder: Autoencoder) -> None:
+    """Lets an autoencoder on a CPU decode few patches faster: reads a rounded vocabulary.
+
+    The ids stay the same, see `ops.linear_argmax`. The screen takes V H bytes (66 MB at the
+    official size) and is not saved; once the vocabulary is written to or moved it is no longer
+    used, so after training or loading make it again. Nothing happens where no kernel takes one.
+    """
+    decoder = autoencoder.decoder
+    if decoder.weights().screen is not None:
+        return
+    decoder.screen = screen_vocabulary(decoder.lm_head_weight)
+    decoder._screened = decoder._values()
 
 
 def folded_bytes(autoencoder: Autoencoder) -> int:

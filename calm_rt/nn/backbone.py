@@ -1,6 +1,7 @@
 """The Transformer over patches: Llama's, fed with embeddings, with a static key-value cache."""
 
-from typing import NamedTuple
+import copy
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,23 @@ class KVCache:
         rows: [B'] int64, indices into the batch.
         """
         self.storage, self.lengths = self.storage[:, :, rows], self.lengths[rows]
+
+    def slots(self, first: int, last: int) -> Self:
+        """Rows first .. last - 1 as a cache of their own, in the same memory."""
+        part = copy.copy(self)
+        part.storage, part.lengths = self.storage[:, :, first:last], self.lengths[first:last]
+        return part
+
+    def move(self, source: int, target: int) -> None:
+        """Copies one row over another."""
+        count = int(self.lengths[source])
+        self.storage[:, :, target, :count] = self.storage[:, :, source, :count]
+        self.lengths[target] = count
+
+    def clear(self, row: int) -> None:
+        """Forgets a row, also what lies behind its end: there NaN would spoil masked attention."""
+        self.storage[:, :, row].zero_()
+        self.lengths[row] = 0
 
     def reach(self, positions: Tensor) -> int:
         """How many slots attention reads: all; fewer in eager CPU code, where looking is free."""

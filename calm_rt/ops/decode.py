@@ -1,5 +1,7 @@
 """The autoencoder's decoder: a latent vector to the tokens of a patch."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from calm_rt import _native, reference
 from calm_rt.ops.check import check, check_decoder, check_device, check_float
 from calm_rt.ops.gated_mlp import flat_layers, gated_mlp
-from calm_rt.ops.linear_argmax import linear_argmax
+from calm_rt.ops.linear_argmax import check_screen, linear_argmax, usable_screen
 from calm_rt.reference import DecoderWeights
 
 DTYPES = {
@@ -30,11 +32,12 @@ def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Te
     _check(latents, weights)
     if not _native.use_native("decode", latents, latents.dtype, DTYPES):
         return reference.decode(latents, weights, eps)
-    leaves = [latents, *tree_leaves(weights)]
+    leaves = [latents, *tree_leaves(weights._replace(screen=()))]
     mixed = any(leaf.dtype != latents.dtype for leaf in leaves)
     if mixed or torch.is_autocast_enabled(latents.device.type):
         hidden = decode_hidden(latents, weights, eps=eps)  # [R, K, H]
-        return linear_argmax(hidden.flatten(0, 1), weights.vocabulary).view(hidden.shape[:2])
+        ids = linear_argmax(hidden.flatten(0, 1), weights.vocabulary, weights.screen)
+        return ids.view(hidden.shape[:2])
     return torch.ops.calm_rt.decode(latents, *_flat(weights), eps)
 
 
@@ -46,11 +49,50 @@ def decode_hidden(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6
     returns: [R, K, H], with gradients.
     Raises ValueError for other shapes, types or devices.
     """
+    hidden = decode_patch(latents, weights, eps=eps)
+    hidden = F.linear(hidden, *weights.expand).unflatten(-1, (-1, weights.norm.shape[0]))
+    return _decode_tokens(hidden, weights, eps)
+
+
+def decode_patch(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Tensor:
+    """The part of the decoder that all slots share; `decode_slots` goes on from it.
+
+    latents: [R, L].
+    weights: of the decoder.
+    returns: [R, H], with gradients.
+    Raises ValueError for other shapes, types or devices.
+    """
     _check(latents, weights)
     hidden = F.linear(latents, *weights.latent)
     for layer in weights.patch_layers:
         hidden = gated_mlp(hidden, *layer, eps=eps)
-    hidden = F.linear(hidden, *weights.expand).unflatten(-1, (-1, weights.norm.shape[0]))
+    return hidden
+
+
+def decode_slots(
+    hidden: Tensor, rows: Sequence[Tensor], weights: DecoderWeights, *, eps: float = 1e-6
+) -> Tensor:
+    """The most probable token in chosen slots of chosen patches.
+
+    hidden: [R, H], of `decode_patch`.
+    rows: for each of the K slots the rows of hidden that are wanted, [N_k] int64.
+    weights: of the decoder.
+    returns: [N_0 + N_1 + ...] int64, slot after slot; no gradient.
+    Raises ValueError for another number of slots.
+    """
+    slots = weights.expand.weight.unflatten(0, (-1, hidden.shape[1]))  # [K, H, H]
+    biases = weights.expand.bias.unflatten(0, slots.shape[:2])
+    check(len(rows) == len(slots), "rows", f"those of {len(slots)} slots", len(rows))
+    wanted = [
+        F.linear(hidden[of_slot], slot, bias)
+        for of_slot, slot, bias in zip(rows, slots, biases, strict=True)
+    ]
+    tokens = _decode_tokens(torch.cat(wanted), weights, eps)  # [N, H]
+    return linear_argmax(tokens, weights.vocabulary, weights.screen)
+
+
+def _decode_tokens(hidden: Tensor, weights: DecoderWeights, eps: float) -> Tensor:
+    """What is done to every slot by itself.  [..., H] -> [..., H]."""
     for layer in weights.token_layers:
         hidden = gated_mlp(hidden, *layer, eps=eps)
     return reference.rms_norm(hidden, weights.norm, eps)
@@ -61,7 +103,8 @@ def _flat(weights: DecoderWeights) -> tuple:
     norm = weights.norm.to(torch.promote_types(weights.norm.dtype, torch.float32))
     patches = *weights.latent, flat_layers(weights.patch_layers)
     tokens = *weights.expand, flat_layers(weights.token_layers)
-    return *patches, *tokens, norm, weights.vocabulary
+    screen = usable_screen(weights.screen, weights.vocabulary.dtype)
+    return *patches, *tokens, norm, weights.vocabulary, screen
 
 
 def _check(latents: Tensor, weights: DecoderWeights) -> None:
@@ -69,6 +112,8 @@ def _check(latents: Tensor, weights: DecoderWeights) -> None:
     check_float("latents", latents)
     check_decoder(weights, latents.shape[1])
     check_device(latents.device, vocabulary=weights.vocabulary)
+    if weights.screen is not None:
+        check_screen("weights.screen", weights.screen)
 
 
 def _fake(
@@ -81,6 +126,7 @@ def _fake(
     token_layers,
     norm,
     vocabulary,
+    screen,
     eps,
 ):
     return latents.new_empty(

@@ -10,13 +10,17 @@ DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+SCREENED = (torch.float32, torch.bfloat16, torch.float16)
+LONGEST = 32768  # kLongestScreened of csrc/kernels/linear_argmax.h
 
 
-def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
+def linear_argmax(hidden: Tensor, weight: Tensor, screen: Tensor | None = None) -> Tensor:
     """id[r] = argmax_v <hidden_r, weight_v>, ties to the lowest id.
 
     hidden: [R, H].
     weight: [V, H], V at least 1.
+    screen: what `screen_vocabulary` made of this weight, which then need not be read; the ids are
+        the same with it and without. None to round the weight in passing.
     returns: [R] int64; no gradient. The kernel's ids are those of exact arithmetic on the inputs
         on every device, the reference's those of a product rounded to the inputs' type.
     Memory: no [R, V] logits; on the CPU no score at all, [R, H] of 8-bit numbers, on a GPU a block.
@@ -29,14 +33,49 @@ def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
     check_float("hidden", hidden)
     check_float("weight", weight)
     check_device(hidden.device, weight=weight)
+    if screen is not None:
+        check_screen("screen", screen)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
     if not _native.use_native("linear_argmax", hidden, dtype, DTYPES):
         return reference.linear_argmax(hidden, weight)
-    return torch.ops.calm_rt.linear_argmax(hidden, weight)
+    return torch.ops.calm_rt.linear_argmax(hidden, weight, usable_screen(screen, dtype))
 
 
-def _fake(hidden, weight):
+def screen_vocabulary(weight: Tensor) -> Tensor | None:
+    """The weight of `linear_argmax` rounded to whole numbers once, for a weight that stays.
+
+    A call with few rows takes the time of reading the weight; with its screen, a quarter of that
+    in float32. Make it anew when the weight changes: it is not looked at again.
+
+    weight: [V, H] on the CPU.
+    returns: [panels, bytes] int8, in the layout of this processor (not to be saved), V x H bytes
+        (twice as many without AVX-512 VNNI); None where no kernel takes one: for float64, above
+        H = 32,768, on a GPU and without the extension.
+    Raises ValueError for another shape or type.
+    """
+    check_shape("weight", weight, V=None, H=None)
+    check(weight.shape[0] >= 1, "weight", "at least one row", list(weight.shape))
+    check_float("weight", weight)
+    taken = weight.device.type == "cpu" and weight.dtype in SCREENED and weight.shape[1] <= LONGEST
+    if not taken or not _native.use_native("linear_argmax", weight, weight.dtype, DTYPES):
+        return None
+    return torch.ops.calm_rt.screen_vocabulary(weight.detach())
+
+
+def check_screen(name: str, screen: Tensor) -> None:
+    """Raises ValueError unless `screen_vocabulary` may have made it; the kernel compares sizes."""
+    fits = screen.ndim == 2 and screen.dtype == torch.int8 and screen.device.type == "cpu"
+    expected = "what screen_vocabulary makes of the weight, [panels, bytes] int8 on the CPU"
+    check(fits, name, expected, f"{list(screen.shape)} {screen.dtype} on {screen.device}")
+
+
+def usable_screen(screen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The screen, where rows of this type can be screened."""
+    return screen if dtype in SCREENED else None
+
+
+def _fake(hidden, weight, screen):
     return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
 
 

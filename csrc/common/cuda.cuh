@@ -1,6 +1,7 @@
 // What a kernel file stands on: CUDA under nvcc, the simulator under a host compiler. No torch.
 //
-// CALM_SHARED declares a block's shared array; launch_kernel starts a kernel and checks the launch.
+// CALM_SHARED declares a block's shared array, CALM_DYNAMIC_SHARED the bytes that a launch asked for; launch_kernel
+// starts a kernel and checks the launch.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -17,17 +18,25 @@
 #include <string>
 
 #define CALM_SHARED(T, name, count) __shared__ T name[count]
+#define CALM_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 namespace calm_rt {
 
+constexpr size_t kStaticShared = 48 << 10;  // bytes that a block gets without asking
+
 // Throws std::runtime_error if the launch was refused; torch's stable ABI hands that to Python as a RuntimeError.
 template <class... Parameters>
-void launch_kernel(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Cuda device,
-                   const std::type_identity_t<Parameters>&... arguments) {
-  kernel<<<blocks, threads, 0, device.stream>>>(arguments...);
-  if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
-    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+void launch_shared_kernel(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                          size_t shared_bytes, Cuda device, const std::type_identity_t<Parameters>&... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kStaticShared) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   }
+  if (error == cudaSuccess) {
+    kernel<<<blocks, threads, shared_bytes, device.stream>>>(arguments...);
+    error = cudaGetLastError();
+  }
+  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
 }  // namespace calm_rt
@@ -39,9 +48,9 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), unsigned blo
 namespace calm_rt {
 
 template <class... Parameters>
-void launch_kernel(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Cuda,
-                   const std::type_identity_t<Parameters>&... arguments) {
-  simulator::launch(name, blocks, threads, [&] { kernel(arguments...); });
+void launch_shared_kernel(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                          size_t shared_bytes, Cuda, const std::type_identity_t<Parameters>&... arguments) {
+  simulator::launch(name, blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 
 }  // namespace calm_rt
@@ -49,6 +58,12 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), unsigned blo
 #endif
 
 namespace calm_rt {
+
+template <class... Parameters>
+void launch_kernel(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Cuda device,
+                   const std::type_identity_t<Parameters>&... arguments) {
+  launch_shared_kernel(name, kernel, blocks, threads, 0, device, arguments...);
+}
 
 constexpr int kWarpSize = 32;
 constexpr uint32_t kFullMask = 0xFFFFFFFFu;

@@ -9,11 +9,11 @@
 namespace calm_rt {
 
 // latents [R, L]; latent [H, L] and latent_bias [H]; layers: norm, gate, up and down of each; expand [K H, H] and
-// expand_bias [K H]; norm [H], vocabulary [V, H] -> ids [R, K] int64
+// expand_bias [K H]; norm [H], vocabulary [V, H] and its screen -> ids [R, K] int64
 template <class Device>
 Tensor decode(const Tensor& latents, const Tensor& latent, const Tensor& latent_bias, std::vector<Tensor> patch_layers,
               const Tensor& expand, const Tensor& expand_bias, std::vector<Tensor> token_layers, const Tensor& norm,
-              const Tensor& vocabulary, double eps) {
+              const Tensor& vocabulary, std::optional<Tensor> screen, double eps) {
   STD_TORCH_CHECK(latents.dim() == 2 && latent.dim() == 2 && expand.dim() == 2, "decode: latents must be [R, L]");
   const ScalarType type = latents.scalar_type();
   const int64_t num_rows = latents.size(0), latent_size = latents.size(1), size = norm.numel();
@@ -56,7 +56,7 @@ Tensor decode(const Tensor& latents, const Tensor& latent, const Tensor& latent_
         },
         size >= kSharedSize);
   });
-  return torch::stable::view(linear_argmax<Device>(hidden, vocabulary), {num_rows, patch});
+  return torch::stable::view(linear_argmax<Device>(hidden, vocabulary, screen), {num_rows, patch});
 }
 
 }  // namespace calm_rt

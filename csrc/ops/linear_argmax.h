@@ -1,9 +1,11 @@
-// linear_argmax: on the CPU one kernel; on the GPU rounds the operands, multiplies block by block with the library and
-// scans each block (see kernels/linear_argmax.h).
+// linear_argmax: on the CPU one kernel; on the GPU by groups where rows are whole packs, otherwise rounds the operands,
+// multiplies block by block with the library and scans each block (see kernels/linear_argmax.h).
 #pragma once
 #include <algorithm>
+#include <optional>
 
 #include "kernels/linear_argmax.h"
+#include "ops/argmax_groups.h"
 #include "ops/product.h"
 
 namespace calm_rt {
@@ -11,24 +13,35 @@ namespace calm_rt {
 // The largest tile of scores, and how many entries of the vocabulary are rounded at a time.
 constexpr int64_t kTileRows = 16384, kBlock = 8192;
 
-inline void find_argmax(Cpu device, const Tensor& hidden, const Tensor& weight, const Tensor& id) {
+inline void find_argmax(Cpu device, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& screen,
+                        const Tensor& id) {
+  if (screen) {
+    const PanelSizes sizes = panel_sizes(device, weight.size(0), weight.size(1));
+    const bool fits = has_shape(*screen, ScalarType::Char, {sizes.num_panels, sizes.panel_bytes});
+    STD_TORCH_CHECK(fits && hidden.scalar_type() != ScalarType::Double && screen->is_contiguous(),
+                    "linear_argmax: screen must be what screen_vocabulary made of this weight on this processor");
+  }
   dispatch<Cpu>(hidden.scalar_type(), "linear_argmax", [&](auto element) {
     using T = decltype(element);
     launch(device, LinearArgmax<T>{.hidden = input<T>(hidden),
                                    .weight = input<T>(weight),
                                    .id = output<int64_t>(id),
+                                   .panels = screen ? screen->const_data_ptr() : nullptr,
                                    .num_rows = hidden.size(0),
                                    .vocabulary = weight.size(0),
                                    .size = hidden.size(1)});
   });
 }
 
-inline void find_argmax(Cuda device, const Tensor& hidden, const Tensor& weight, const Tensor& id) {
+inline void find_argmax(Cuda device, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& screen,
+                        const Tensor& id) {
+  STD_TORCH_CHECK(!screen, "linear_argmax: on a GPU there is no screen");
+  if (find_argmax_by_groups(device, hidden, weight, id)) return;
   using torch::stable::new_empty;
   using S = bfloat16;  // the type that the library multiplies fastest
   const int64_t num_rows = hidden.size(0), vocabulary = weight.size(0), size = hidden.size(1);
-  const ScalarType screen = ScalarType::BFloat16;
-  const bool same = hidden.scalar_type() == screen;
+  const ScalarType rounded = ScalarType::BFloat16;
+  const bool same = hidden.scalar_type() == rounded;
   // Several blocks have one size, a multiple of 64, so that all rows of scores are aligned. The last block begins early
   // and meets some entries again, which changes nothing.
   const int64_t num_blocks = (vocabulary + kBlock - 1) / kBlock;
@@ -38,9 +51,9 @@ inline void find_argmax(Cuda device, const Tensor& hidden, const Tensor& weight,
   Tensor best = new_empty(hidden, {num_rows}, ScalarType::Double);
   Tensor hidden_norm = new_empty(hidden, {num_rows}, ScalarType::Float);
   Tensor weight_norm = new_empty(hidden, {block}, ScalarType::Float);
-  Tensor rounded_hidden = same ? hidden : new_empty(hidden, {num_rows, size}, screen);
-  Tensor rounded_weight = new_empty(hidden, {same ? 0 : block, size}, screen);
-  Tensor scores = new_empty(hidden, {tile * block}, screen);
+  Tensor rounded_hidden = same ? hidden : new_empty(hidden, {num_rows, size}, rounded);
+  Tensor rounded_weight = new_empty(hidden, {same ? 0 : block, size}, rounded);
+  Tensor scores = new_empty(hidden, {tile * block}, rounded);
   dispatch<Cuda>(hidden.scalar_type(), "linear_argmax", [&](auto element) {
     using T = decltype(element);
     const T* weights = input<T>(weight);
@@ -73,18 +86,39 @@ inline void find_argmax(Cuda device, const Tensor& hidden, const Tensor& weight,
   });
 }
 
-// hidden [R, H], weight [V, H] of one dtype -> [R] int64
+// hidden [R, H], weight [V, H] of one dtype, what screen_vocabulary made of the weight -> [R] int64
 template <class Device>
-Tensor linear_argmax(const Tensor& hidden, const Tensor& weight) {
+Tensor linear_argmax(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> screen) {
   STD_TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && weight.size(0) > 0,
                   "linear_argmax: hidden must be [R, H] and weight [V, H] with V > 0");
   STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "linear_argmax: hidden and weight must have one dtype");
   Guard<Device> guard(hidden);
   Tensor id = torch::stable::new_empty(hidden, {hidden.size(0)}, ScalarType::Long);
   if (hidden.size(0) > 0) {
-    find_argmax(guard.device(), torch::stable::contiguous(hidden), torch::stable::contiguous(weight), id);
+    find_argmax(guard.device(), torch::stable::contiguous(hidden), torch::stable::contiguous(weight), screen, id);
   }
   return id;
+}
+
+// weight [V, H] -> the panels of its screen [num_panels, panel_bytes] int8, for this process
+inline Tensor screen_vocabulary(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) <= kLongestScreened,
+                  "screen_vocabulary: weight must be [V, H] with V > 0 and H up to 32768");
+  STD_TORCH_CHECK(weight.scalar_type() != ScalarType::Double, "screen_vocabulary: weight must be no double");
+  const Guard<Cpu> guard(weight);
+  const Tensor weight_ = torch::stable::contiguous(weight);
+  const PanelSizes sizes = panel_sizes(guard.device(), weight.size(0), weight.size(1));
+  Tensor panels = torch::stable::new_empty(weight, {sizes.num_panels, sizes.panel_bytes}, ScalarType::Char);
+  dispatch<Cpu>(weight.scalar_type(), "screen_vocabulary", [&](auto element) {
+    using T = decltype(element);
+    if constexpr (!std::is_same_v<T, double>) {
+      launch(guard.device(), ScreenVocabulary<T>{.weight = input<T>(weight_),
+                                                 .panels = panels.mutable_data_ptr(),
+                                                 .vocabulary = weight.size(0),
+                                                 .size = weight.size(1)});
+    }
+  });
+  return panels;
 }
 
 }  // namespace calm_rt

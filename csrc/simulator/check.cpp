@@ -70,6 +70,7 @@ int main(int argc, char** argv) {
     const char* name;
     void (*check)();
   } kernels[] = {
+      {"argmax_groups", check_argmax_groups},
       {"encode", check_encode},
       {"energy_score", check_energy_score},
       {"gated_mlp", check_gated_mlp},

@@ -25,6 +25,7 @@ double reference_noise(bool normal, int64_t seed, int64_t row, int64_t draw, int
 
 // ---- one a kernel file ----
 
+void check_argmax_groups();
 void check_encode();
 void check_energy_score();
 void check_gated_mlp();

@@ -13,9 +13,10 @@ constexpr int kLanes = 32;
 constexpr int kMaxWarps = kMaxThreads / kLanes;
 constexpr int kMaxMeetings = 64;  // of a warp: up to 32 that gather (their masks are disjoint), 32 being left
 constexpr int kMaxSharedArrays = 64;
-constexpr size_t kSharedLimit = 48 << 10;  // of static shared memory on every device
+constexpr size_t kSharedLimit = 48 << 10;   // of static shared memory on every device
+constexpr size_t kDynamicLimit = 99 << 10;  // of both together on every device from sm_80 on
 constexpr size_t kRedzone = 64;
-constexpr size_t kArenaSize = kSharedLimit + (kMaxSharedArrays + 1) * 2 * kRedzone;
+constexpr size_t kArenaSize = kDynamicLimit + (kMaxSharedArrays + 1) * 2 * kRedzone;
 constexpr unsigned char kPoison = 0xFF;  // four or eight of them are a NaN
 
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
@@ -25,6 +26,7 @@ struct Thread {
   dim3 index;
   State state;
   Site site;  // where it waits
+  Copies copies;
 };
 
 // Lanes of one mask that meet in one collective. It stays until all of them have taken their result.
@@ -64,13 +66,20 @@ struct Failure {
   dim3 thread = {}, block = {};
 };
 
+// What 32 lanes do with matrices, known by the addresses that they brought.
+void load_matrices(const std::array<uint64_t, kLanes>& rows);
+void multiply_matrices(const std::array<uint64_t, kLanes>& products);
+
 // One block runs at a time; its fibers call the engine, which puts them to sleep, picks the next and checks.
 class Engine {
  public:
   uint32_t schedule = 0;
 
-  void run(const char* kernel, dim3 grid, dim3 block, void (*body)(const void*), const void* context);
+  void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+           const void* context);
   void* shared_array(const void* key, size_t size, Site site);
+  void* dynamic_shared(Site site);
+  Copies& copies(Site site);
   uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int source, Site site);
   void block_barrier(Site site);
   void check_aligned(const void* p, size_t alignment, Site site);
@@ -101,7 +110,7 @@ class Engine {
   Barrier barrier_;
   std::array<SharedArray, kMaxSharedArrays> shared_;
   int num_shared_ = 0;
-  size_t shared_bytes_ = 0, arena_used_ = 0;
+  size_t static_bytes_ = 0, dynamic_bytes_ = 0, arena_used_ = 0;
   alignas(128) std::array<unsigned char, kArenaSize> arena_;
   Fiber main_;
   void (*body_)(const void*) = nullptr;

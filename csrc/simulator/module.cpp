@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
       "Tensor");
   m.def(
       "decode(Tensor latents, Tensor latent, Tensor latent_bias, Tensor[] patch_layers, Tensor expand, Tensor "
-      "expand_bias, Tensor[] token_layers, Tensor norm, Tensor vocabulary, float eps) -> Tensor");
+      "expand_bias, Tensor[] token_layers, Tensor norm, Tensor vocabulary, Tensor? screen, float eps) -> Tensor");
   m.def(
       "encode(Tensor ids, Tensor tables, Tensor[] token_layers, Tensor? squeeze, Tensor? squeeze_bias, Tensor[] "
       "patch_layers, Tensor norm, Tensor latent, Tensor latent_bias, float eps) -> (Tensor mean, Tensor log_std)");
@@ -52,7 +52,7 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
       "gated_mlp_backward(Tensor grad_out, Tensor grad_product, Tensor x, Tensor norm_weight, Tensor gate, Tensor up, "
       "Tensor down, Tensor gate_product, Tensor up_product, float eps, bool need_grad_matrices) -> (Tensor grad_x, "
       "Tensor grad_norm_weight, Tensor grad_gate, Tensor grad_up, Tensor grad_down)");
-  m.def("linear_argmax(Tensor hidden, Tensor weight) -> Tensor");
+  m.def("linear_argmax(Tensor hidden, Tensor weight, Tensor? screen) -> Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? scale, int ignore_index, "
       "int max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight) -> (Tensor total, Tensor loss, "

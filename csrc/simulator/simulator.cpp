@@ -123,6 +123,8 @@ void Engine::block_barrier(Site site) {
 }
 
 void Engine::finish_meeting(Warp& warp, Meeting& meeting) {
+  if (meeting.kind == Collective::kLoadMatrix) load_matrices(meeting.value);
+  if (meeting.kind == Collective::kMultiplyMatrix) multiply_matrices(meeting.value);
   uint64_t ballot = 0;
   for (int i = 0; i < kLanes; ++i) {
     if ((meeting.mask >> i & 1) && meeting.value[i] != 0) ballot |= uint64_t{1} << i;
@@ -144,6 +146,8 @@ uint64_t Engine::warp_collective(Collective kind, uint32_t mask, uint64_t value,
   mask &= warp.lanes;  // a block's last warp may be short
   if (!(mask & bit)) fail("the mask does not name the calling lane", site);
   if (mask & warp.exited) fail("a lane of the mask has exited", site);
+  const bool matrix = kind == Collective::kLoadMatrix || kind == Collective::kMultiplyMatrix;
+  if (matrix && mask != ~0u) fail("a matrix instruction needs a whole warp", site);
   Meeting* meeting = nullptr;
   for (uint64_t used = warp.used; used != 0; used &= used - 1) {
     Meeting& open = warp.meetings[__builtin_ctzll(used)];
@@ -182,12 +186,24 @@ void Engine::check_aligned(const void* p, size_t alignment, Site site) {
   if (reinterpret_cast<uintptr_t>(p) % alignment != 0) fail("misaligned access", site);
 }
 
+Copies& Engine::copies(Site site) {
+  Copies& copies = threads_[current_].copies;
+  if (copies.count == Copies::kMost) fail("more asynchronous copies than a thread may have under way", site);
+  return copies;
+}
+
+void* Engine::dynamic_shared(Site site) {
+  if (dynamic_bytes_ == 0) fail("dynamic shared memory that the launch did not ask for", site);
+  return shared_array(&dynamic_bytes_, dynamic_bytes_, site);
+}
+
 void* Engine::shared_array(const void* key, size_t size, Site site) {
   for (int i = 0; i < num_shared_; ++i) {
     if (shared_[i].key == key) return &arena_[shared_[i].begin];
   }
-  shared_bytes_ += size;
-  if (num_shared_ == kMaxSharedArrays || shared_bytes_ > kSharedLimit) fail("shared arrays exceed 48 KB", site);
+  if (key != &dynamic_bytes_) static_bytes_ += size;
+  if (num_shared_ == kMaxSharedArrays || static_bytes_ > kSharedLimit) fail("shared arrays exceed 48 KB", site);
+  if (static_bytes_ + dynamic_bytes_ > kDynamicLimit) fail("shared memory exceeds 99 KB", site);
   shared_[num_shared_++] = {key, arena_used_, size, site};
   void* array = &arena_[arena_used_];
   unpoison(array, size);
@@ -251,6 +267,7 @@ void Engine::start_threads() {
     for (unsigned y = 0; y < blockDim.y; ++y) {
       for (unsigned x = 0; x < blockDim.x; ++x, ++i) {
         threads_[i].index = {x, y, z};
+        threads_[i].copies.count = 0;
         threads_[i].fiber.prepare(entry);
         make_ready(i);
       }
@@ -270,7 +287,7 @@ void Engine::run_block(unsigned index) {
   live_ = count_;
   barrier_.arrived = 0;
   num_shared_ = 0;
-  shared_bytes_ = 0;
+  static_bytes_ = 0;
   arena_used_ = kRedzone;
   random_ = schedule * 2654435761u + index;
   poison(arena_.data(), arena_.size());
@@ -283,15 +300,17 @@ void Engine::run_block(unsigned index) {
   std::memset(arena_.data(), kPoison, arena_used_);
 }
 
-void Engine::run(const char* kernel, dim3 grid, dim3 block, void (*body)(const void*), const void* context) {
+void Engine::run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+                 const void* context) {
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
-  if (threads == 0 || threads > kMaxThreads || blocks == 0 || blocks > INT32_MAX) {
+  if (threads == 0 || threads > kMaxThreads || blocks == 0 || blocks > INT32_MAX || shared_bytes > kDynamicLimit) {
     throw std::runtime_error(std::string("simulator: ") + kernel + ": invalid configuration");
   }
   gridDim = grid;
   blockDim = block;
   count_ = static_cast<int>(threads);
+  dynamic_bytes_ = shared_bytes;
   body_ = body;
   context_ = context;
   failure_ = {};
@@ -310,13 +329,18 @@ void set_schedule(uint32_t seed) {
   engine->schedule = seed;
 }
 
-void run(const char* kernel, dim3 grid, dim3 block, void (*body)(const void*), const void* context) {
+void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+         const void* context) {
   std::lock_guard lock(engine_mutex);
   use_engine();
-  engine->run(kernel, grid, block, body, context);
+  engine->run(kernel, grid, block, shared_bytes, body, context);
 }
 
 void* shared_array(const void* key, size_t size, Site site) { return engine->shared_array(key, size, site); }
+
+void* dynamic_shared(Site site) { return engine->dynamic_shared(site); }
+
+Copies& copies(Site site) { return engine->copies(site); }
 
 uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int source, Site site) {
   return engine->warp_collective(kind, mask, value, source, site);

@@ -8,6 +8,9 @@
 // seed. AddressSanitizer sees redzones around shared arrays. Under ThreadSanitizer only __syncthreads and __syncwarp
 // order memory, so that a missing barrier is a reported race.
 //
+// An asynchronous copy leaves NaN where it will write and writes when its thread waits for it, as late as the hardware
+// may. Matrix products truncate their sums, as tensor cores do.
+//
 // It does not show speed, bank conflicts, register limits, races between blocks, or an order of memory that is weaker
 // than program order between two barriers.
 #pragma once
@@ -34,22 +37,56 @@ void set_schedule(uint32_t seed);
 
 // Runs `body(context)` as every thread of every block. Throws std::runtime_error with kernel name and place on a check
 // above.
-void run(const char* kernel, dim3 grid, dim3 block, void (*body)(const void* context), const void* context);
+void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void* context),
+         const void* context);
 
 template <class Body>
-void launch(const char* kernel, unsigned blocks, unsigned threads, const Body& body) {
-  run(kernel, {blocks}, {threads}, [](const void* context) { (*static_cast<const Body*>(context))(); }, &body);
+void launch(const char* kernel, unsigned blocks, unsigned threads, size_t shared_bytes, const Body& body) {
+  run(
+      kernel, {blocks}, {threads}, shared_bytes, [](const void* context) { (*static_cast<const Body*>(context))(); },
+      &body);
 }
 
 // The block's array of a declaration, which `key` stands for; NaN bytes before the first write.
 void* shared_array(const void* key, size_t size, Site site);
 
-enum class Collective { kShuffle, kBallot, kSync };
+// The bytes that the launch asked for, an array like those above.
+void* dynamic_shared(Site site);
 
-// Meets the lanes of `mask`. A shuffle gives lane `source`'s value, a ballot the mask of non-zero values.
+enum class Collective { kShuffle, kBallot, kSync, kLoadMatrix, kMultiplyMatrix };
+
+// What a lane brings to loading four matrices of 8 x 8 16-bit elements, and takes away.
+struct MatrixRow {
+  uint32_t words[4];   // the row whose address the lane gave: lane 8 m + r that of row r of matrix m
+  uint32_t result[4];  // of each matrix the two elements that the lane gets
+};
+
+// What a lane brings to sum += a b with a [16, 16] and b [16, 8] of bfloat16, sum [16, 8] in float.
+struct MatrixProduct {
+  const uint32_t* a;  // [4]
+  uint32_t b[2];
+  float* sum;  // [4]
+};
+
+// Meets the lanes of `mask`. A shuffle gives lane `source`'s value, a ballot the mask of non-zero values; for matrices
+// the value is the address of one of the above.
 uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int source, Site site);
 
 void block_barrier(Site site);
+
+// The calling thread's asynchronous copies of 16 bytes that it has not waited for, in order.
+struct Copy {
+  void* to;
+  const void* from;  // nullptr: zeros
+  uint32_t group;
+};
+struct Copies {
+  static constexpr int kMost = 256;  // more than a ring of any depth has under way in one thread
+  Copy copy[kMost];
+  int count;
+  uint32_t group;  // that the next copy belongs to
+};
+Copies& copies(Site site);
 
 // Stops at an address that the device could not access at once.
 void check_aligned(const void* p, size_t alignment, Site site = Site::current());
@@ -82,6 +119,9 @@ T shuffle(uint32_t mask, T value, int source, Site site) {
   T(&name)                             \
   [count] = *static_cast<T(*)[count]>( \
       calm_rt::simulator::shared_array(&name##_key, sizeof(T[count]), std::source_location::current()))
+
+#define CALM_DYNAMIC_SHARED(name) \
+  unsigned char* name = static_cast<unsigned char*>(calm_rt::simulator::dynamic_shared(std::source_location::current()))
 
 inline void __syncthreads(std::source_location site = std::source_location::current()) {
   calm_rt::simulator::block_barrier(site);

@@ -1,6 +1,6 @@
 // What a search for the largest scores has found, and how an entry that may win is computed exactly.
 #pragma once
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/argmax_panel.h"
 #include "kernels/linear_argmax.h"
 
 namespace calm_rt {
@@ -33,8 +33,7 @@ CALM_INLINE bool before(double a, int64_t i, double b, int64_t j) {
 namespace CALM_ISA {
 namespace {
 
-constexpr float kLargest = 1e30f;  // up to which nothing that the screen computes overflows
-constexpr int kSums = 16;          // independent partial sums, the same on every instruction set
+constexpr int kSums = 16;  // independent partial sums, the same on every instruction set
 
 // <a, b> in double, where products of float inputs are exact: one order of additions everywhere.
 template <class T>

@@ -1,13 +1,13 @@
 // Screened argmax on the CPU: threads share out the vocabulary, each keeps a winner for every row.
 //
-// A panel of kPanel entries is rounded to whole numbers that stay in the first cache, and multiplied by all rows, tile
-// by tile; a tile's products never leave the registers. They are turned into upper bounds there, and the rare entry
-// whose bound exceeds what its row has reached is computed exactly.
+// A panel of kPanel entries, rounded here or long before, is multiplied by all rows, tile by tile; a tile's products
+// never leave the registers. They are turned into upper bounds there, and the rare entry whose bound exceeds what its
+// row has reached is computed exactly.
 #include "kernels/linear_argmax.h"
 
+#include "kernels/cpu/argmax_panel.h"
 #include "kernels/cpu/argmax_search.h"
 #include "kernels/cpu/select.h"
-#include "kernels/cpu/simd.h"
 
 #ifdef CALM_ISA_PORTABLE
 #include <memory>
@@ -21,95 +21,19 @@ CALM_EACH_ISA(template <class T>
               void screen_rows_kernel(const LinearArgmax<T>& p, const ArgmaxScreen& screen, int64_t begin, int64_t end);
               template <class T>
               void scan_entries_kernel(const LinearArgmax<T>& p, const ArgmaxScreen& screen,
-                                       const ArgmaxWinners& winners, void* scratch, int64_t begin, int64_t end);)
+                                       const ArgmaxWinners& winners, void* scratch, int64_t begin, int64_t end);
+              template <class T>
+              void screen_vocabulary_kernel(const ScreenVocabulary<T>& p, int64_t begin, int64_t end);
+              int64_t panel_entries(); int64_t panel_bytes(int64_t padded_size);)
 
 namespace CALM_ISA {
 namespace {
 
-constexpr int kTileRows = kLanes == 16 ? 8 : 4, kTileVectors = kLanes == 16 ? 3 : 2;  // sums that registers hold
-constexpr int kPanel = kTileVectors * kLanes;
-constexpr float kMost = 127, kSlack = 2e-6f;
-constexpr float kSmallest = 1e-30f;    // with a largest value below it a row counts as zeros, and an error
 constexpr float kLargestNorm = 1e18f;  // up to which no product of rows as they are overflows
-constexpr double kAdditions = 1.2e-7;  // what a sum in float may lose, for each of its terms
 constexpr int kDirectEntries = 4;
-constexpr int64_t kAhead = 8192;  // bytes from what is read to what memory is asked for
 
 // A float that is at least x >= 0.
 CALM_INLINE float above(double x) { return static_cast<float>(x) * (1 + kSlack); }
-
-// ---- rows rounded to whole numbers ----
-
-// A panel of the vocabulary: w = scale * (q + e), lane i of vector j being entry first + j kLanes + i.
-struct Panel {
-  Float scale[kTileVectors];
-  Float norm[kTileVectors];   // at least |w|; NaN for an entry that the screen cannot bound, or that is none
-  Float error[kTileVectors];  // at least |scale e|, and room for all that rounding does to a bound
-  Int start[kTileVectors];    // what undoes the bias of the left factor
-  bool odd[kPanel];           // entries that are computed exactly for every row
-  bool any_odd;
-  Quantum* quanta;  // [padded_size / kQuanta, kPanel, kQuanta]
-  Quantum* row;     // [padded_size]
-};
-
-// One entry of the panel.
-template <class T>
-CALM_INLINE void round_entry(const T* weight, int64_t size, int64_t padded_size, int place, Panel& panel) {
-  Float magnitudes{};  // never NaN, which the sums will show
-  each_run<Float>(0, size, [&](int64_t k, int64_t count) {
-    prefetch(weight + k, kAhead / static_cast<int64_t>(sizeof(T)));
-    magnitudes = larger(absolute(load_some<Float>(weight + k, count)), magnitudes);
-  });
-  const float most = largest(magnitudes);
-  const bool tiny = most < kSmallest;
-  const float scale = tiny ? 0 : most / kMost, inverse = tiny ? 0 : kMost / most;
-  Float squares{}, errors{};
-  Int digits{};
-  each_run<Float>(0, size, [&](int64_t k, int64_t count) {
-    const Float u = load_some<Float>(weight + k, count) * inverse, q = round_to_even(u), e = u - q;
-    squares += u * u;
-    errors += e * e;
-    const Int whole = __builtin_convertvector(q, Int);
-    digits += whole;
-    typedef Quantum Quanta __attribute__((vector_size(kLanes * sizeof(Quantum))));
-    const Quanta narrow = __builtin_convertvector(whole, Quanta);
-    std::memcpy(panel.row + k, &narrow, sizeof narrow);
-  });
-  for (int64_t k = (size + kLanes - 1) / kLanes * kLanes; k < padded_size; ++k) panel.row[k] = 0;
-  const float length = sum(squares);
-  const bool odd = !(most <= kLargest && length <= kLargest);
-  int32_t digit_sum = 0;  // of numbers that mean something
-  for (int i = 0; i < kLanes && !odd; ++i) digit_sum += digits[i];
-  // the sums' own rounding, and that of u
-  const float sum_slack = 1 + static_cast<float>(size) * static_cast<float>(kAdditions);
-  const float root = __builtin_sqrtf(static_cast<float>(size));
-  const float tiny_norm = most > 0 ? root * kSmallest : 0;
-  const float norm = tiny ? tiny_norm : scale * __builtin_sqrtf(length) * sum_slack * (1 + kSlack);
-  const float error = tiny ? tiny_norm : scale * (__builtin_sqrtf(sum(errors)) * sum_slack + root * 2e-5f);
-  const int j = place / kLanes, i = place % kLanes;
-  panel.scale[j][i] = scale;
-  panel.norm[j][i] = odd ? __builtin_nanf("") : norm;
-  panel.error[j][i] = error + kSlack * norm;
-  panel.start[j][i] = -kQuantumBias * digit_sum;
-  panel.odd[place] = odd;
-  panel.any_odd |= odd;
-  for (int64_t k = 0; k < padded_size; k += kQuanta) {
-    std::memcpy(panel.quanta + k * kPanel + place * kQuanta, panel.row + k, 4);
-  }
-}
-
-template <class T>
-CALM_INLINE void round_panel(const LinearArgmax<T>& p, int64_t padded_size, int64_t first, int64_t count,
-                             Panel& panel) {
-  panel.any_odd = false;
-  for (int place = 0; place < count; ++place) {
-    round_entry(p.weight + (first + place) * p.size, p.size, padded_size, place, panel);
-  }
-  for (int place = static_cast<int>(count); place < kPanel; ++place) {
-    panel.norm[place / kLanes][place % kLanes] = __builtin_nanf("");
-    panel.odd[place] = false;
-  }
-}
 
 // kTileRows rows from r on against the panel.
 template <class T>
@@ -120,13 +44,13 @@ CALM_INLINE void scan_tile(const Search<T>& search, const Panel& panel, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 3
-    for (int j = 0; j < kTileVectors; ++j) total[i][j] = panel.start[j];
+    for (int j = 0; j < kTileVectors; ++j) total[i][j] = load_whole(panel.start + j * kLanes);
   }
   const Quantum* column = panel.quanta;
   for (int64_t k = 0; k < screen.padded_size; k += kQuanta, column += kPanel * kQuanta) {
     Int right[kTileVectors];
 #pragma GCC unroll 3
-    for (int j = 0; j < kTileVectors; ++j) std::memcpy(&right[j], column + j * kLanes * kQuanta, sizeof(Int));
+    for (int j = 0; j < kTileVectors; ++j) right[j] = load_whole(column + j * kLanes * kQuanta);
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
       int32_t word;
@@ -145,8 +69,8 @@ CALM_INLINE void scan_tile(const Search<T>& search, const Panel& panel, int64_t 
     Int possible{};
 #pragma GCC unroll 3
     for (int j = 0; j < kTileVectors; ++j) {
-      score[j] = __builtin_convertvector(total[i][j], Float) * panel.scale[j];
-      slack[j] = error * panel.norm[j] + norm * panel.error[j];
+      score[j] = __builtin_convertvector(total[i][j], Float) * load(panel.scale + j * kLanes);
+      slack[j] = error * load(panel.norm + j * kLanes) + norm * load(panel.error + j * kLanes);
       possible |= (Int)(score[j] + slack[j] > reached);
     }
     if (!any(possible)) continue;
@@ -161,24 +85,26 @@ CALM_INLINE void scan_tile(const Search<T>& search, const Panel& panel, int64_t 
 
 template <class T>
 void scan_rounded(const Search<T>& search, void* scratch, int64_t begin, int64_t end) {
+  const LinearArgmax<T>& p = search.p;
   const ArgmaxScreen& screen = search.screen;
-  const int64_t num_rows = search.p.num_rows;
-  Panel panel;
-  panel.quanta = static_cast<Quantum*>(scratch);
-  panel.row = panel.quanta + kPanel * screen.padded_size;
-  std::memset(scratch, 0, static_cast<size_t>(kPanel * screen.padded_size) * sizeof(Quantum));
-  for (int j = 0; j < kTileVectors; ++j) {
-    panel.scale[j] = panel.norm[j] = panel.error[j] = Float{};
-    panel.start[j] = Int{};
-  }
+  const int64_t panel_bytes = Panel::bytes(screen.padded_size);
   for (int64_t first = begin; first < end; first += kPanel) {
     const int64_t count = end - first < kPanel ? end - first : kPanel;
-    round_panel(search.p, screen.padded_size, first, count, panel);
-    for (int64_t r = 0; r < num_rows; r += kTileRows) scan_tile(search, panel, r, first);
-    for (int64_t r = 0; r < num_rows; ++r) {
+    void* data = scratch;
+    if (p.panels) {
+      data = static_cast<char*>(const_cast<void*>(p.panels)) + first / kPanel * panel_bytes;
+    } else {
+      Quantum* row = reinterpret_cast<Quantum*>(static_cast<char*>(scratch) + panel_bytes);
+      round_panel(p.weight, p.size, screen.padded_size, first, count, row, Panel(scratch));
+    }
+    const Panel panel(data);
+    for (int64_t r = 0; r < p.num_rows; r += kTileRows) scan_tile(search, panel, r, first);
+    bool any_odd = false;
+    for (int place = 0; place < count; ++place) any_odd |= panel.norm[place] != panel.norm[place];
+    for (int64_t r = 0; r < p.num_rows; ++r) {
       const bool exact = screen.error[r] != screen.error[r];
-      for (int place = 0; (exact || panel.any_odd) && place < count; ++place) {
-        if (exact || panel.odd[place]) search.take(r, first + place);
+      for (int place = 0; (exact || any_odd) && place < count; ++place) {
+        if (exact || panel.norm[place] != panel.norm[place]) search.take(r, first + place);
       }
     }
   }
@@ -299,10 +225,28 @@ void scan_entries_kernel(const LinearArgmax<T>& p, const ArgmaxScreen& screen, c
   scan_direct(search, scratch, begin, end);
 }
 
+// Panels begin to end.
+template <class T>
+void screen_vocabulary_kernel(const ScreenVocabulary<T>& p, int64_t begin, int64_t end) {
+  if constexpr (sizeof(AccumulateType<T>) == 4) {
+    const int64_t padded_size = pad_row(p.size);
+    Quantum row[kLongestScreened];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kPanel, count = p.vocabulary - first < kPanel ? p.vocabulary - first : kPanel;
+      const Panel panel(static_cast<char*>(p.panels) + i * Panel::bytes(padded_size));
+      round_panel(p.weight, p.size, padded_size, first, count, row, panel);
+    }
+  }
+}
+
+int64_t panel_entries() { return kPanel; }
+int64_t panel_bytes(int64_t padded_size) { return Panel::bytes(padded_size); }
+
 #define CALM_INSTANTIATE(T)                                                                                            \
   template void screen_rows_kernel(const LinearArgmax<T>&, const ArgmaxScreen&, int64_t, int64_t);                     \
   template void scan_entries_kernel(const LinearArgmax<T>&, const ArgmaxScreen&, const ArgmaxWinners&, void*, int64_t, \
-                                    int64_t);
+                                    int64_t);                                                                          \
+  template void screen_vocabulary_kernel(const ScreenVocabulary<T>&, int64_t, int64_t);
 CALM_INSTANTIATE(float)
 CALM_INSTANTIATE(double)
 CALM_INSTANTIATE(bfloat16)
@@ -314,9 +258,9 @@ CALM_INSTANTIATE(half)
 #ifdef CALM_ISA_PORTABLE
 namespace {
 
-constexpr int64_t kFewRows = 8;         // up to which rows are multiplied as they are
-constexpr int64_t kLongestRow = 32768;  // whose whole products fit 32 bits
-constexpr int64_t kWidestTile = 8, kWidestPanel = 48;
+constexpr int64_t kFewRows = 8;  // up to which rows are multiplied as they are, where no panels are at hand
+constexpr int64_t kWidestTile = 8;
+constexpr int64_t kRowScratch = 32;  // bytes for each number of a row: four entries in double, or a rounded one
 
 // Memory for vectors, without a constructor.
 struct Aligned {
@@ -332,8 +276,9 @@ template <class T>
 void launch(Cpu device, const LinearArgmax<T>& p) {
   if (p.num_rows == 0) return;
   const auto rows = static_cast<size_t>(p.num_rows);
-  const bool rounded = !std::is_same_v<T, double> && p.num_rows > kFewRows && p.size <= kLongestRow;
-  const int64_t padded_size = (p.size + 63) / 64 * 64;
+  const bool screens = !std::is_same_v<T, double> && p.size <= kLongestScreened;
+  const bool rounded = screens && (p.num_rows > kFewRows || p.panels);
+  const int64_t padded_size = pad_row(p.size);
   const int64_t row_bytes = padded_size * static_cast<int64_t>(rounded ? sizeof(int16_t) : sizeof(AccumulateType<T>));
   const Aligned screened((p.num_rows + kWidestTile) * row_bytes);
   std::memset(screened.data, 0, static_cast<size_t>((p.num_rows + kWidestTile) * row_bytes));
@@ -345,15 +290,17 @@ void launch(Cpu device, const LinearArgmax<T>& p) {
 
   for (size_t r = 0; r < rows; ++r) p.id[r] = -1;
   std::mutex merging;
-  const int64_t grain = kWidestPanel + (1 << 18) / (p.size * p.num_rows / 16 + 1);  // about 20 us of work
-  parallel_rows(device, p.vocabulary, grain, [&](int64_t begin, int64_t end) {
+  const int64_t width = CALM_SELECT(panel_entries)(), panel_size = CALM_SELECT(panel_bytes)(padded_size);
+  const int64_t grain = 1 + (1 << 18) / (p.size * p.num_rows / 16 + 1) / width;  // about 20 us of work
+  parallel_rows(device, (p.vocabulary + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
     const auto own_best = std::make_unique<double[]>(rows);
     const auto own_id = std::make_unique<int64_t[]>(rows);
     const auto reached = std::make_unique<float[]>(rows);
     for (size_t r = 0; r < rows; ++r) own_id[r] = -1, reached[r] = -__builtin_inff();
-    const Aligned scratch((kWidestPanel + 2) * padded_size * 2);
+    const Aligned scratch(panel_size + kRowScratch * padded_size);
     const ArgmaxWinners winners{own_best.get(), own_id.get(), reached.get()};
-    CALM_SELECT(scan_entries_kernel<T>)(p, screen, winners, scratch.data, begin, end);
+    const int64_t last = end * width < p.vocabulary ? end * width : p.vocabulary;
+    CALM_SELECT(scan_entries_kernel<T>)(p, screen, winners, scratch.data, begin * width, last);
     const std::lock_guard lock(merging);
     for (size_t r = 0; r < rows; ++r) {
       if (before(own_best[r], own_id[r], best[r], p.id[r])) best[r] = own_best[r], p.id[r] = own_id[r];
@@ -361,10 +308,24 @@ void launch(Cpu device, const LinearArgmax<T>& p) {
   });
 }
 
+PanelSizes panel_sizes(Cpu, int64_t vocabulary, int64_t size) {
+  const int64_t entries = CALM_SELECT(panel_entries)();
+  return {(vocabulary + entries - 1) / entries, CALM_SELECT(panel_bytes)(pad_row(size))};
+}
+
+template <class T>
+void launch(Cpu device, const ScreenVocabulary<T>& p) {
+  parallel_rows(device, panel_sizes(device, p.vocabulary, p.size).num_panels, 1 + 4096 / (p.size + 1),
+                [&](int64_t begin, int64_t end) { CALM_SELECT(screen_vocabulary_kernel<T>)(p, begin, end); });
+}
+
 template void launch(Cpu, const LinearArgmax<float>&);
 template void launch(Cpu, const LinearArgmax<double>&);
 template void launch(Cpu, const LinearArgmax<bfloat16>&);
 template void launch(Cpu, const LinearArgmax<half>&);
+template void launch(Cpu, const ScreenVocabulary<float>&);
+template void launch(Cpu, const ScreenVocabulary<bfloat16>&);
+template void launch(Cpu, const ScreenVocabulary<half>&);
 #endif
 
 }  // namespace calm_rt

@@ -349,6 +349,12 @@ constexpr int kQuantumBias = 0;
 #endif
 constexpr int kQuanta = 4 / sizeof(Quantum);
 
+CALM_INLINE Int load_whole(const void* from) {
+  Int v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
 // total + the sum of each lane's kQuanta products
 CALM_INLINE Int multiply_add(Int left, Int right, Int total) {
 #if defined(__AVX512VNNI__)

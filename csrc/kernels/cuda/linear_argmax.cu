@@ -11,7 +11,7 @@
 // result.
 #include <limits>
 
-#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/winner.cuh"
 #include "kernels/linear_argmax.h"
 
 namespace calm_rt {
@@ -21,10 +21,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kVectors = 4;                           // of eight scores, that a thread looks after
 constexpr int kPanel = kThreads * kVectors * kEight;  // entries that a block takes at a time
-constexpr int kSums = 16;                             // of an exact product, as on the CPU
 constexpr int64_t kMaxBlocks = 1 << 12;               // of rounding; further rows are strided over
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLargestFloat = std::numeric_limits<float>::max();
 
 template <class T, class S>
 __global__ void __launch_bounds__(kThreads) round_rows_kernel(RoundRows<T, S> p, bool packed) {
@@ -47,66 +45,6 @@ __global__ void __launch_bounds__(kThreads) round_rows_kernel(RoundRows<T, S> p,
     any = __ballot_sync(kFullMask, any) != 0;
     if (lane == 0) p.norm[row] = any ? sqrtf(sum) * excess + kNormRoom : 0;
   }
-}
-
-// An exact score and whose it is.
-struct Winner {
-  double score;
-  int64_t id;  // -1: none yet, and the score means nothing
-
-  // NaN before all numbers as in torch, ties to the lowest id.
-  __device__ __forceinline__ bool before(const Winner& other) const {
-    if (id < 0 || other.id < 0) return id >= 0;
-    const bool nan = isnan(score), other_nan = isnan(other.score);
-    if (nan || other_nan) return nan && (!other_nan || id < other.id);
-    return score > other.score || (score == other.score && id < other.id);
-  }
-
-  // Whether an entry that has this bound, and no lower id than this, may come before. Rounding the score to a float
-  // costs less than the bound has room for. A bound that overflowed stands for finite scores too; an exact score that
-  // is NaN has a bound that is.
-  __device__ __forceinline__ bool may_lose_to(float bound, int64_t entry_id) const {
-    if (id < 0) return true;
-    if (isnan(score)) return isnan(bound) && entry_id < id;
-    const float least = isinf(score) ? static_cast<float>(score) : min(static_cast<float>(score), kLargestFloat);
-    return entry_id < id ? !(bound < least) : !(bound <= least);
-  }
-};
-
-// What comes first among the winners of the block's warps, known to all threads.
-__device__ __forceinline__ Winner block_winner(Winner mine) {
-  CALM_SHARED(Winner, winners, kWarps);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  __syncthreads();  // the last call's winners have been read
-  if (lane == 0) winners[warp] = mine;
-  __syncthreads();
-#pragma unroll 1
-  for (int w = 0; w < kWarps; ++w) {
-    if (winners[w].before(mine)) mine = winners[w];
-  }
-  return mine;
-}
-
-// <a, b> by a warp, known to all its lanes. Products of the inputs are exact in double; the additions have the CPU
-// kernel's order, which makes ids equal where rounding decides between scores that differ by less: lane i adds up every
-// 16th product from i on, and the sums are added one after the other to those of the last H % 16 elements.
-template <class T>
-__device__ __forceinline__ double exact_product(const T* a, const T* b, int size) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int whole = size / kSums * kSums;
-  double sum = 0, total = 0;
-  if (lane < kSums) {
-#pragma unroll 16
-    for (int k = lane; k < whole; k += kSums) {
-      sum += static_cast<double>(widen(a[k])) * static_cast<double>(widen(b[k]));
-    }
-  }
-  for (int k = whole; k < size; ++k) {
-    total += static_cast<double>(widen(a[k])) * static_cast<double>(widen(b[k]));
-  }
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) total += __shfl_sync(kFullMask, sum, i);
-  return total;
 }
 
 using Words = Pack<uint32_t, kEight / 2>;  // eight scores
@@ -189,13 +127,10 @@ struct Panel {
   }
 };
 
-// Blocks that the registers of a multiprocessor must hold; with one more ptxas spills.
-template <class T, bool PACKED>
-constexpr int kScanBlocks = PACKED && !std::is_same_v<T, half> ? 4 : 3;
+constexpr int kScanBlocks = 3;  // that the registers of a multiprocessor must hold; with one more ptxas spills
 
 template <class T, class S, bool PACKED>
-__global__ void __launch_bounds__(kThreads, kScanBlocks<T, PACKED>)
-    scan_scores_kernel(ScanScores<T, S> p, float factor) {
+__global__ void __launch_bounds__(kThreads, kScanBlocks) scan_scores_kernel(ScanScores<T, S> p, float factor) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t row = blockIdx.x;
   Winner winner{p.best[row], p.id[row]};
@@ -230,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kScanBlocks<T, PACKED>)
         if (only_top) break;
         if (lane == source) selected &= selected - 1;
       }
-      winner = block_winner(winner);
+      winner = block_winner<kThreads>(winner);
     }
   }
   if (threadIdx.x == 0) {

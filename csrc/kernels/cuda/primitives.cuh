@@ -54,6 +54,45 @@ __device__ __forceinline__ void store_pack(const Pack<T, COUNT>& pack, T* to) {
   *reinterpret_cast<Pack<T, COUNT>*>(to) = pack;
 }
 
+// ---- asynchronous copies ----
+
+// Sixteen bytes into shared memory, zeros instead unless `wanted`; there after copies_done and a barrier.
+__device__ __forceinline__ void copy_async(void* shared, const void* from, bool wanted) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+}
+
+// What the thread has copied since the last call is a group, if only of nothing.
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for the thread's own groups but for the last OPEN.
+template <int OPEN>
+__device__ __forceinline__ void copies_done() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
+}
+
+// ---- matrices of bfloat16 ----
+
+// Four 8 x 8 matrices from shared memory: lane 8 m + r gives the address of row r of matrix m, 16 bytes, and gets of
+// each matrix two elements of row lane / 4, from column 2 (lane % 4) on.
+__device__ __forceinline__ void load_matrices(uint32_t (&matrix)[4], const void* shared_row) {
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(from)
+               : "memory");
+}
+
+// sum += a b with a [16, 16] as four 8 x 8 matrices (upper left, lower left, upper right, lower right), b [16, 8] as
+// two matrices of its columns, sum [16, 8]: two elements of row lane / 4 and two of row lane / 4 + 8.
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b_upper,
+                                             uint32_t b_lower) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
+}
+
 #else
 
 __device__ __forceinline__ float widen(bfloat16 x) {
@@ -87,6 +126,50 @@ template <class T, int COUNT>
 __device__ __forceinline__ void store_pack(const Pack<T, COUNT>& pack, T* to) {
   simulator::check_aligned(to, alignof(Pack<T, COUNT>));
   std::memcpy(to, &pack, sizeof pack);
+}
+
+inline void copy_async(void* shared, const void* from, bool wanted, simulator::Site site = simulator::Site::current()) {
+  simulator::check_aligned(shared, 16, site);
+  simulator::check_aligned(from, 16, site);
+  simulator::Copies& copies = simulator::copies(site);
+  std::memset(shared, 0xFF, 16);
+  copies.copy[copies.count++] = {shared, wanted ? from : nullptr, copies.group};
+}
+
+inline void close_copies(simulator::Site site = simulator::Site::current()) { ++simulator::copies(site).group; }
+
+template <int OPEN>
+void copies_done(simulator::Site site = simulator::Site::current()) {
+  simulator::Copies& copies = simulator::copies(site);
+  int open = 0;
+  for (int i = 0; i < copies.count; ++i) {
+    const simulator::Copy& copy = copies.copy[i];
+    if (copies.group - copy.group <= OPEN) {
+      copies.copy[open++] = copy;
+    } else if (copy.from == nullptr) {
+      std::memset(copy.to, 0, 16);
+    } else {
+      std::memcpy(copy.to, copy.from, 16);
+    }
+  }
+  copies.count = open;
+}
+
+inline void load_matrices(uint32_t (&matrix)[4], const void* shared_row,
+                          simulator::Site site = simulator::Site::current()) {
+  simulator::check_aligned(shared_row, 16, site);
+  simulator::MatrixRow row;
+  std::memcpy(row.words, shared_row, sizeof row.words);
+  simulator::warp_collective(simulator::Collective::kLoadMatrix, 0xFFFFFFFFu, reinterpret_cast<uint64_t>(&row), 0,
+                             site);
+  std::memcpy(matrix, row.result, sizeof row.result);
+}
+
+inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b_upper, uint32_t b_lower,
+                         simulator::Site site = simulator::Site::current()) {
+  simulator::MatrixProduct product{a, {b_upper, b_lower}, sum};
+  simulator::warp_collective(simulator::Collective::kMultiplyMatrix, 0xFFFFFFFFu, reinterpret_cast<uint64_t>(&product),
+                             0, site);
 }
 
 #endif

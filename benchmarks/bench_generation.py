@@ -1,0 +1,251 @@
+"""The choice of the next patch at T = 1/2 from a pool of 200, at the size of CALM-M.
+
+    pytest benchmarks -k selection
+    python benchmarks/bench_generation.py [--plot FILE] [--record MODEL SHARDS]
+
+`official` is the official code's formulas in eager PyTorch: the head on 200 copies of the context,
+the decoder on all latent vectors, all logits, argmax, a Counter on the host. `native` is
+sample_patches. Both run head and decoder of the official sizes on random weights, and then decode
+planted latent vectors, so that the pools are those that a small trained model drew ("real",
+benchmarks/pools.npz, one after the other) or have no patch twice ("without repeats"). What a lazy
+pool saves depends on its entropy: --plot times and draws that, pool by pool.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import calm_rt
+from calm_rt import official, ops, pool
+from calm_rt.atomic import scratch_folder
+from calm_rt.benchmark import compete, machine
+from calm_rt.data import TokenShards
+from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, screen_decoder
+from calm_rt.nn.heads import EnergyHead
+from calm_rt.sampling import PatchSample, sample_patches
+
+PATCH, VOCABULARY, LATENT, CANDIDATES = 4, 128257, 128, 200
+SIZES = {"patch_size": PATCH, "vocab_size": VOCABULARY, "latent_size": LATENT}
+AUTOENCODER = AutoencoderConfig(hidden_size=512, intermediate_size=1280, **SIZES)
+CALM = CalmConfig(
+    hidden_size=1024,
+    num_hidden_layers=1,
+    num_attention_heads=16,
+    num_mlp_layers=4,
+    noise_size=64,
+    **SIZES,
+)
+POOLS = Path(__file__).with_name("pools.npz")
+RECORDED = 64  # pools in the file
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROUNDS = 15
+JITTER = 0.05  # of a latent vector, so that no two are the same
+
+
+class PlantedCalm(Calm):
+    """Head and decoder of a CALM-M, without a backbone; pools are planted behind the head.
+
+    A latent vector holds a code of 32 signs for each token, which the decoder maps to the rows of
+    the vocabulary, with random layers between them that disturb it a little.
+    pools: [P, S, K] int64, drawn one after the other.
+    """
+
+    def __init__(self, pools: Tensor, dtype: torch.dtype) -> None:
+        with torch.device("meta"):  # no storage for the backbone
+            super().__init__(CALM, AUTOENCODER)
+        torch.manual_seed(0)
+        self.generative_head = EnergyHead(CALM).to(dtype)
+        nn.init.normal_(self.generative_head.final_layer.linears[2].weight, std=0.02)
+        self.ae_model = Autoencoder(AUTOENCODER).requires_grad_(False).eval()
+        codes = plant_codes(self.ae_model)  # [V, L / K]
+        self.ae_model.to(dtype)
+        screen_decoder(self.ae_model)  # as a Generator does
+        latents = codes[pools].flatten(2)  # [P, S, L]
+        self.pools = pools
+        self.latents = (latents + JITTER * torch.randn_like(latents)).to(dtype)
+        self.turns = {rival: itertools.cycle(self.latents) for rival in ("official", "native")}
+
+    def sample(self, *arguments: Any, **options: Any) -> Tensor:
+        """Does the head's work, and gives the next pool.  returns: [S, 1, L]."""
+        super().sample(*arguments, **options)
+        return next(self.turns["native"])[:, None]
+
+    def select(self) -> PatchSample:
+        """What is timed as `native`."""
+        return sample_patches(self, self.hidden(), temperature="1/2", num_candidates=CANDIDATES)
+
+    @torch.no_grad()
+    def select_officially(self) -> Tensor:
+        """What is timed as `official`."""
+        weights = self.generative_head.weights()
+        official.sample_latents(self.hidden(), weights, num_samples=CANDIDATES)
+        tokens = official.decode(
+            next(self.turns["official"]), self.ae_model.decoder.weights()
+        )  # [S, K]
+        return official.select_patch(tokens[None], n=2)
+
+    def hidden(self) -> Tensor:
+        """One context.  returns: [1, H]."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(1, CALM.hidden_size, generator=generator).to(self.latents.dtype)
+
+
+@torch.no_grad()
+def plant_codes(autoencoder: Autoencoder) -> Tensor:
+    """Makes a random decoder read codes.  returns: [V, L / K], -1 and 1."""
+    decoder, size = autoencoder.decoder, LATENT // PATCH
+    hidden = AUTOENCODER.hidden_size
+    codes = torch.randint(2, (VOCABULARY, size)).mul(2).sub(1).float()
+    into = nn.init.orthogonal_(torch.empty(hidden, LATENT))
+    out = nn.init.orthogonal_(torch.empty(hidden, size))
+    decoder.latent_to_hidden.weight.copy_(into)
+    slots = [out @ into[:, slot * size : (slot + 1) * size].T for slot in range(PATCH)]
+    decoder.expand_layer.weight.copy_(torch.cat(slots))
+    decoder.lm_head_weight.mul_(0.5).add_(codes @ out.T, alpha=0.1)
+    return codes
+
+
+def real_pools() -> Tensor:
+    """What a small trained model drew, its tokens spread over the vocabulary.  [P, S, K]."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randperm(VOCABULARY, generator=generator)
+    with np.load(POOLS) as recorded:
+        return ids[torch.from_numpy(recorded["tokens"].astype(np.int64))]
+
+
+def pools_without_repeats() -> Tensor:
+    """No token twice in a slot.  [P, S, K]."""
+    generator = torch.Generator().manual_seed(0)
+    count = 4 * CANDIDATES * PATCH
+    return torch.randperm(VOCABULARY, generator=generator)[:count].view(4, CANDIDATES, PATCH)
+
+
+KINDS = {"real": real_pools, "without repeats": pools_without_repeats}
+
+
+def measure(model: PlantedCalm, rounds: int) -> dict[str, float]:
+    """Median milliseconds of a choice, the rivals on the same pools in turns."""
+    with torch.no_grad():
+        decoded = ops.decode(model.latents[0], model.ae_model.decoder.weights())
+    assert torch.equal(decoded, model.pools[0])  # else these are not the pools that are named
+    times = compete({"official": model.select_officially, "native": model.select}, "cpu", rounds)
+    return {rival: 1e3 * statistics.median(values) for rival, values in times.items()}
+
+
+def comparison(title: str, times: dict[str, float]) -> str:
+    where, native = machine("cpu"), times["native"]
+    lines = [
+        f"{title}, {where['device']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{where['instruction_set']}, load {where['load'][0]:.1f}, commit {where['commit']}"
+    ]
+    lines += [f"  {name:9} {ms:8.1f} ms  {ms / native:5.2f} x" for name, ms in times.items()]
+    return "\n".join(lines)
+
+
+def entropy(tokens: Tensor) -> float:
+    """Of the patches of a pool, in bits.  tokens: [S, K]."""
+    shares = tokens.unique(dim=0, return_counts=True)[1].double() / len(tokens)
+    return float(-(shares * shares.log2()).sum())
+
+
+def by_entropy(model: PlantedCalm, rounds: int) -> list[dict[str, float]]:
+    """For every pool: entropy, share of the tokens that were decoded, here and if passes over the
+    vocabulary cost nothing, and milliseconds."""
+    rows = []
+    for tokens, latents in zip(model.pools, model.latents, strict=True):
+        model.turns["native"] = itertools.cycle([latents])
+        times = compete({"native": model.select}, "cpu", rounds)["native"]
+        price = pool.PASS_ROWS["cpu"]
+        shares = {}
+        for name, pass_rows in (("decoded", price), ("slot by slot", -1)):
+            pool.PASS_ROWS["cpu"] = pass_rows
+            shares[name] = int(model.select().slots) / (CANDIDATES * PATCH)
+        pool.PASS_ROWS["cpu"] = price
+        rows.append({"bits": entropy(tokens), **shares, "ms": 1e3 * statistics.median(times)})
+    return sorted(rows, key=lambda row: row["bits"])
+
+
+def table(rows: list[dict[str, float]], official_ms: float) -> str:
+    lines = ["  entropy   decoded   slot by slot   time        official / native"]
+    lines += [
+        f"{row['bits']:6.2f} bit {row['decoded']:8.0%} {row['slot by slot']:12.0%} "
+        f"{row['ms']:9.1f} ms {official_ms / row['ms']:12.1f} x"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, float]], official_ms: float, title: str) -> Figure:
+    """Share of the arithmetic and speed over a pool's entropy."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bits = [row["bits"] for row in rows]
+    for name, mark in (("decoded", "o"), ("slot by slot", "x")):
+        left.plot(bits, [row[name] for row in rows], mark, label=name)
+    left.set(ylim=(0, 1.05), ylabel="share of the tokens that are decoded")
+    left.legend()
+    right.plot(bits, [official_ms / row["ms"] for row in rows], "o")
+    right.set(ylim=(0, None), ylabel="official / native time")
+    for axis in (left, right):
+        axis.set(xlabel="entropy of the pool, bits")
+        axis.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=8)
+    return figure
+
+
+@torch.no_grad()
+def record(folder: str, shards: str) -> None:
+    """Writes the pools of a trained model after held-out text."""
+    model, data = calm_rt.load(folder), TokenShards(shards)
+    ids = next(iter(data.held_out_batches(16, 128, limit=1)))
+    hidden = model.hidden_states(ids).flatten(0, 1)  # [R, H]
+    places = torch.linspace(0, len(hidden) - 1, RECORDED).long()
+    latents = model.sample(hidden[places], CANDIDATES, 0)  # [S, P, L]
+    tokens = model.ae_model.decode(latents).transpose(0, 1)  # [P, S, K]
+    with scratch_folder(POOLS.parent) as scratch:
+        np.savez_compressed(scratch / POOLS.name, tokens=tokens.numpy().astype(np.uint16))
+        os.replace(scratch / POOLS.name, POOLS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection(kind: str, dtype: str, capsys) -> None:
+    times = measure(PlantedCalm(KINDS[kind](), DTYPES[dtype]), ROUNDS)
+    with capsys.disabled():
+        print(f"\n{comparison(f'selection, {kind}, {dtype}', times)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    parser.add_argument("--plot", metavar="FILE", help="also time every real pool, and draw that")
+    parser.add_argument("--record", nargs=2, metavar=("MODEL", "SHARDS"), help="and do no more")
+    options = parser.parse_args()
+    if options.record:
+        record(*options.record)
+        return
+    for name, dtype in DTYPES.items():
+        for kind, pools in KINDS.items():
+            model = PlantedCalm(pools(), dtype)
+            times = measure(model, options.rounds)
+            title = f"selection, {kind}, {name}"
+            print(comparison(title, times), flush=True)
+            if options.plot and kind == "real":
+                rows = by_entropy(model, 3)
+                print(table(rows, times["official"]), flush=True)
+                path = Path(options.plot)
+                path = path.with_stem(f"{path.stem}-{name}")
+                draw(rows, times["official"], comparison(title, times)).savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Times every op on the GPU at the sizes that issue real work, in order of interest.
+
+    python benchmarks/gpu_rows.py FILE
+
+Writes FILE anew after each case, so that a limit of time costs the last cases alone: machine,
+limits (a copy's bytes a second, a product's FLOP a second) and rows as calm_rt.benchmark measures
+them.
+"""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calm_rt import benchmark, inputs
+from calm_rt.testing import Case
+
+ROUNDS = 7
+VOCABULARY, HIDDEN, INTERMEDIATE, LATENT, PATCH = 128257, 512, 1280, 128, 4  # official
+AUTOENCODER = (HIDDEN, INTERMEDIATE, LATENT, PATCH)
+HEAD = (64, LATENT, 3)  # noise, latent, blocks
+TRAINED_ROWS = 8188  # of the official training step: 4 sequences of 2047 patches
+BF16 = torch.bfloat16
+
+
+def case(op: str, name: str, maker: Callable, *sizes: Any, **options: Any) -> Case:
+    """The arguments are made once; rivals get copies."""
+    make = functools.cache(lambda: maker(*sizes))
+    return Case(op, name, make, benchmark=True, rounds=ROUNDS, **options)
+
+
+CASES = (
+    case(
+        "energy_score",
+        "S8-R8188-L128-M100",
+        inputs.energy_score,
+        *(8, TRAINED_ROWS, LATENT, 100),
+        gradients=("x",),
+    ),
+    *(
+        case(
+            "linear_argmax",
+            f"R{rows}-H512-V128257-{dtype}".replace("torch.", ""),
+            inputs.linear_argmax,
+            *(rows, HIDDEN, VOCABULARY),
+            dtype=dtype,
+        )
+        for rows, dtype in ((800, BF16), (800, torch.float32), (4, BF16), (25600, BF16))
+    ),
+    case(
+        "linear_cross_entropy",
+        "R16384-H512-V128257-bfloat16",
+        inputs.linear_cross_entropy,
+        *(16384, HIDDEN, VOCABULARY),
+        gradients=("hidden", "weight"),
+        dtype=BF16,
+    ),
+    case(
+        "sample_latents",
+        "R8188-H1024-S8",
+        inputs.sample_latents,
+        *(TRAINED_ROWS, 1024, 8, *HEAD),
+        gradients=("hidden", "weights"),
+    ),
+    case("sample_latents", "R4-H1024-S200", inputs.sample_latents, *(4, 1024, 200, *HEAD)),
+    case(
+        "decode",
+        "R200-K4-H512-V128257-bfloat16",
+        inputs.decode,
+        *(200, VOCABULARY, *AUTOENCODER),
+        dtype=BF16,
+    ),
+    case(
+        "gated_mlp",
+        "R32768-H512-I1280-bfloat16",
+        inputs.gated_mlp,
+        *(32768, HIDDEN, INTERMEDIATE),
+        gradients=("x", "norm_weight", "gate", "up", "down"),
+        dtype=BF16,
+    ),
+    case(
+        "encode",
+        "folded-R8192-K4-H512-V8192",
+        inputs.folded_encode,
+        *(8192, 8192, *AUTOENCODER),
+        official_arguments=functools.cache(lambda: inputs.encode(8192, 8192, *AUTOENCODER)),
+    ),
+    case("select_patch", "B32-S1000-K4-n2", inputs.model_pool, *(32, 1000, PATCH, 2)),
+    case("noise", "D8-R8188-L64", inputs.noise, *(8, TRAINED_ROWS, 64, "normal")),
+)
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    scratch = path.with_suffix(".unfinished")
+    scratch.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(scratch, path)
+
+
+def measure(one: Case) -> list[dict[str, Any]]:
+    """With gradients where the op has them: that is the work of a training step."""
+    passes, rivals = benchmark.passes_of(one)[-1], benchmark.rivals_of(one)
+    try:
+        rows = benchmark.measure(one, passes, rivals, "cuda", ROUNDS, memory=True)
+    except torch.OutOfMemoryError:  # the official formula's, on a smaller GPU
+        torch.cuda.empty_cache()
+        rows = benchmark.measure(one, passes, ["native"], "cuda", ROUNDS, memory=True)
+    [native] = [row for row in rows if row["rival"] == "native"]
+    native["kernels"] = kernel_times(one, "backward" in passes)
+    return rows
+
+
+def kernel_times(one: Case, backward: bool) -> dict[str, float]:
+    """Milliseconds on the device in one native call, by kernel, the library's too."""
+    arguments = benchmark.make_arguments(one, "native", "cuda")
+    call = benchmark.contender(one, "native", arguments, backward)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with benchmark.route("native"):
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / 1e3 for event in profile.key_averages()}
+    return {name: time for name, time in times.items() if time > 0}
+
+
+def main(path: Path) -> int:
+    results: dict[str, Any] = {"machine": benchmark.machine("cuda")}
+    results |= {"limits": benchmark.limits("cuda"), "rows": [], "errors": {}}
+    write(results, path)
+    for one in CASES:
+        try:
+            results["rows"] += measure(one)
+        except (RuntimeError, ValueError) as error:  # a case that fails leaves the others
+            results["errors"][str(one)] = str(error)
+            print(f"{one}: {error}", file=sys.stderr)
+        write(results, path)
+        torch.cuda.empty_cache()
+    return 1 if results["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

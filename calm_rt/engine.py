@@ -1,0 +1,184 @@
+"""The engine: sequences that enter and leave one static key-value cache between steps.
+
+The cache is one allocation of max_batch_size slots. The sequences in it hold its first slots, so
+that every forward pass works on a slice without a copy: where one leaves, the last moves into its
+slot. Draws depend on (seed, sequence id, step of the sequence) only, so nobody's draws change when
+others come and go.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calm_rt.nn import Calm, KVCache
+from calm_rt.ops.check import check
+from calm_rt.sampling import BudgetError, sample_patches
+from calm_rt.sequence import TokenSequence
+
+PREFILL_CHUNK = 1024  # patches: their activations take less than the weights of any usual backbone
+
+
+class Engine:
+    """A batch of sequences in progress."""
+
+    def __init__(
+        self,
+        model: Calm,
+        *,
+        max_batch_size: int,
+        max_patches: int,
+        prefill_chunk: int = PREFILL_CHUNK,
+        batch_invariant: bool = False,
+    ) -> None:
+        """max_batch_size: sequences at once.  max_patches: of one sequence, prompt included.
+        prefill_chunk: patches of prompts that one forward pass reads, over all sequences; at least
+            one of each is read.
+        batch_invariant: see Generator.
+        """
+        self.model = model
+        self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
+        weight = model.transformer.norm.weight
+        sizes = (max_batch_size, max_patches)
+        self.cache = KVCache(model.config, *sizes, weight.dtype, weight.device)
+        # of the state after every sequence's last patch that was read
+        self.hidden = torch.zeros(
+            max_batch_size, len(weight), dtype=weight.dtype, device=weight.device
+        )
+        self.sequences: list[TokenSequence] = []  # sequences[i] holds slot i
+
+    @property
+    def free(self) -> int:
+        """How many sequences may still enter."""
+        return len(self.hidden) - len(self.sequences)
+
+    @torch.no_grad()
+    def prefill(self, sequences: Sequence[TokenSequence]) -> None:
+        """Gives each sequence a slot and reads its prompt; one that may draw nothing needs neither.
+
+        raises: ValueError where there are too few free slots, or a sequence may outgrow its slot.
+        """
+        sequences = [sequence for sequence in sequences if not sequence.finished]
+        slots = f"at most the {self.free} free slots"
+        check(len(sequences) <= self.free, "sequences", slots, len(sequences))
+        for sequence in sequences:
+            limit, patches = self.cache.max_patches, sequence.num_patches
+            check(patches <= limit, "sequences", f"at most {limit} patches each", patches)
+            sequence.start()
+        if self.batch_invariant:
+            for sequence in sequences:
+                self._read_prompts([sequence])
+        elif sequences:
+            self._read_prompts(sorted(sequences, key=lambda s: len(s.context), reverse=True))
+
+    @torch.no_grad()
+    def step(self) -> list[TokenSequence]:
+        """Draws one patch for every unfinished sequence; finished ones are released before.
+
+        returns: the sequences that got one.
+        """
+        self._release_finished()
+        self._read_patches()
+        self._release_finished()  # those whose states are not finite
+        groups: dict[object, list[int]] = {}
+        for slot, sequence in enumerate(self.sequences):
+            # known tokens apart: at temperature 1 they take a pool, which would change free draws
+            shared = (sequence.sampling, bool(sequence.known))
+            key = slot if self.batch_invariant else shared
+            groups.setdefault(key, []).append(slot)
+        for slots in groups.values():
+            self._draw(slots)
+        return [sequence for sequence in self.sequences if not sequence.error]
+
+    def release(self, sequence: TokenSequence) -> None:
+        """Frees the sequence's slot, finished or not; nothing happens where it has none."""
+        if sequence not in self.sequences:
+            return
+        slot, last = self.sequences.index(sequence), self.sequences.pop()
+        if sequence.error:
+            self.cache.clear(slot)  # NaN would reach the next owner through masked attention
+        if last is not sequence:
+            self.sequences[slot] = last
+            self.cache.move(len(self.sequences), slot)
+            self.hidden[slot] = self.hidden[len(self.sequences)]
+
+    def _release_finished(self) -> None:
+        for sequence in [sequence for sequence in self.sequences if sequence.finished]:
+            self.release(sequence)
+
+    def _read_prompts(self, sequences: list[TokenSequence]) -> None:
+        """Reads prompts, the longest first, chunk by chunk into the next free slots.
+
+        A chunk is padded on the right to one length where nobody looks; sequences that end before
+        it take no part.
+        """
+        patch_size, first = self.model.config.patch_size, len(self.sequences)
+        self.cache.lengths[first : first + len(sequences)] = 0
+        width = max(1, self.prefill_chunk // len(sequences)) * patch_size  # tokens
+        for start in range(0, len(sequences[0].context), width):
+            chunks = [s.context[start : start + width] for s in sequences]
+            chunks = [chunk for chunk in chunks if chunk]
+            longest = max(map(len, chunks))
+            ids = self._tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks])
+            counts = self._tensor([len(chunk) // patch_size for chunk in chunks])
+            slots = self.cache.slots(first, first + len(chunks))
+            hidden = self.model.hidden_states(ids, slots)  # [B, P, H]
+            slots.advance(counts)
+            rows = torch.arange(len(chunks), device=hidden.device)
+            self.hidden[first : first + len(chunks)] = hidden[rows, counts - 1]
+        self.sequences += sequences
+        self._fail_if_not_finite(first, len(self.sequences))
+
+    def _read_patches(self) -> None:
+        """Reads every sequence's last patch, except where only its prompt has been read."""
+        unread = [slot for slot, sequence in enumerate(self.sequences) if sequence.unread]
+        if not unread:
+            return
+        tiles = [(slot, slot + 1) for slot in unread]
+        if not self.batch_invariant:
+            tiles = [(0, unread[-1] + 1)]
+        for first, last in tiles:
+            sequences = self.sequences[first:last]
+            slots = self.cache.slots(first, last)
+            ids = self._tensor([sequence.last_patch for sequence in sequences])
+            hidden = self.model.hidden_states(ids, slots)[:, 0]  # [B, H]
+            counted = self._tensor([sequence.unread for sequence in sequences])
+            slots.advance(counted.long())
+            new = torch.where(counted[:, None], hidden, self.hidden[first:last])
+            self.hidden[first:last] = new
+            for sequence in sequences:
+                sequence.unread = False
+            self._fail_if_not_finite(first, last)
+
+    def _fail_if_not_finite(self, first: int, last: int) -> None:
+        finite = self.hidden[first:last].isfinite().all(-1).tolist()
+        for sequence, good in zip(self.sequences[first:last], finite, strict=True):
+            if not good:
+                sequence.fail("hidden states are NaN or inf (are the weights damaged?)")
+
+    def _draw(self, slots: list[int]) -> None:
+        """Draws the next patch of these slots, whose sequences share their settings."""
+        sequences = [self.sequences[slot] for slot in slots]
+        rows = self._tensor([sequence.name << 32 | sequence.steps for sequence in sequences])
+        prefix = None
+        if sequences[0].known:
+            free = [-1] * self.model.config.patch_size
+            known = [sequence.known for sequence in sequences]
+            prefix = self._tensor([tokens + free[len(tokens) :] for tokens in known])
+        settings = sequences[0].sampling._asdict()
+        hidden = self.hidden[self._tensor(slots)]
+        try:
+            sample = sample_patches(self.model, hidden, rows=rows, prefix=prefix, **settings)
+        except BudgetError as error:
+            if len(slots) == 1:
+                sequences[0].fail(str(error))
+            else:  # each alone: the same draws again, so the others get what they would have got
+                for slot in slots:
+                    self._draw([slot])
+            return
+        columns = (column.tolist() for column in sample)
+        for sequence, *drawn in zip(sequences, *columns, strict=True):
+            sequence.extend(*drawn)
+
+    def _tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, device=self.hidden.device)

@@ -1,0 +1,236 @@
+"""One prompt and what is drawn for it: ends (EOS, stop texts, max_new_tokens), text, statistics.
+
+The engine (engine.py) draws patches; here they become tokens and text. Nothing here knows a batch.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+from calm_rt.data import Tokenizer
+from calm_rt.nn import CalmConfig
+from calm_rt.ops.check import check
+from calm_rt.sampling import MAX_DRAWS
+
+PROMPTS = ("align", "constrain")
+
+
+class Sampling(NamedTuple):
+    """The settings that `sample_patches` takes; sequences that share them are drawn together."""
+
+    temperature: float | Fraction | str
+    num_candidates: int
+    method: str
+    max_draws: int
+    on_budget: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How prompts are continued; `Generator.generate` explains each."""
+
+    max_new_tokens: int
+    temperature: float | Fraction | str = 1
+    num_candidates: int = 200
+    method: str = "pool"
+    max_draws: int = MAX_DRAWS
+    on_budget: str = "raise"
+    seed: int = 0
+    stop: Sequence[str] = ()
+    prompt: str = "align"
+
+    def __post_init__(self) -> None:
+        count, stop = self.max_new_tokens, self.stop
+        check(isinstance(count, int) and count >= 0, "max_new_tokens", "0 or more", count)
+        check(not isinstance(stop, str), "stop", "a list of texts", f"one text (write [{stop!r}])")
+        check(all(stop), "stop", "texts that are not empty", list(stop))
+        check(self.prompt in PROMPTS, "prompt", f"one of {', '.join(PROMPTS)}", self.prompt)
+
+    def sampling(self) -> Sampling:
+        return Sampling(*(getattr(self, name) for name in Sampling._fields))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt was continued with."""
+
+    text: str | None  # the continuation, without EOS and stop text; None without a tokenizer
+    ids: list[int]  # the new tokens, a drawn EOS included; at most max_new_tokens
+    finished: bool  # True after EOS or a stop text, False where max_new_tokens or an error ended it
+    steps: int  # patches drawn for this sequence
+    seconds: float  # from the first look at its prompt to its last patch
+    draws: int  # vectors that the head drew for it
+    decoded_share: float  # tokens decoded for it, of the draws x K of the full arithmetic
+    exact: bool  # whether every patch has exactly the distribution asked for
+    error: str | None = None  # why it ended early; what was drawn before is here
+
+
+class GenerationError(ValueError):
+    """Some sequences could not go on; all others were finished.
+
+    generations: of all prompts, in order; those with an `error` ended early.
+    """
+
+    def __init__(self, message: str, generations: Sequence[Generation]) -> None:
+        super().__init__(message)
+        self.generations = list(generations)
+
+
+class TokenSequence:
+    """One prompt, and what has been drawn for it."""
+
+    def __init__(
+        self,
+        prompt: str | Sequence[int],
+        name: int,
+        options: GenerationOptions,
+        config: CalmConfig,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        """name: the sequence id, on which the random numbers depend.
+
+        raises: ValueError for a prompt, id or option that does not fit the model.
+        """
+        check(0 <= name < 2**31, "sequence_ids", "numbers in [0, 2^31)", name)
+        stop = tuple(options.stop)
+        check(not stop or tokenizer is not None, "stop", "a tokenizer to look for texts", None)
+        ids = _token_ids(prompt, config, tokenizer)
+        self.name = name
+        self.options = options
+        self.sampling = options.sampling()
+        self.context, self.left_over = _split_prompt(ids, options.prompt, config)
+        self.room = options.max_new_tokens  # tokens that may still be drawn
+        self.steps = 0
+        self.unread = False  # whether the last patch is still to go through the backbone
+        self.error: str | None = None
+        self.last_patch = self.context[-config.patch_size :]
+        self._patch_size, self._eos_id, self._stop = config.patch_size, config.eos_token_id, stop
+        self._decoder = tokenizer.stream() if tokenizer else None
+        self._ids: list[int] = []
+        self._text = ""  # decoded so far, in whole characters
+        self._sent = 0  # characters of it already streamed
+        self._ended = False  # by EOS or a stop text
+        self._start, self._seconds = 0.0, 0.0
+        self._draws, self._slots, self._exact = 0, 0, True
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more is drawn for it."""
+        return self._ended or self.room == 0 or self.error is not None
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of prompt and continuation together, at most."""
+        tokens = len(self.context) + len(self.left_over) + self.options.max_new_tokens
+        return -(-tokens // self._patch_size)
+
+    @property
+    def known(self) -> list[int]:
+        """The first tokens of the next patch, as far as the prompt has them."""
+        return [] if self.steps else self.left_over
+
+    def start(self) -> None:
+        """The clock of this sequence starts."""
+        self._start = time.perf_counter()
+
+    def extend(self, patch: list[int], draws: int, slots: int, exact: bool) -> None:
+        """Appends the tokens of a drawn patch up to EOS, a stop text or max_new_tokens.
+
+        patch: [K], beginning with the known tokens.  draws, slots, exact: see `PatchSample`.
+        """
+        known = len(self.known)
+        self.steps, self.last_patch, self.unread = self.steps + 1, patch, True
+        self._draws, self._slots = self._draws + draws, self._slots + slots
+        self._exact = self._exact and exact
+        for token in patch[known : known + self.room]:
+            self._ids.append(token)
+            self.room -= 1
+            self._ended = token == self._eos_id
+            if self._decoder and not self._ended:
+                self._append_text(self._decoder.step(token))
+            if self._ended:
+                break
+        self._seconds = time.perf_counter() - self._start
+
+    def fail(self, reason: str) -> None:
+        """Ends the sequence before its next step."""
+        self.error = f"sequence {self.name}, step {self.steps}: {reason}"
+
+    def unsent(self) -> str:
+        """The text that is new and certain; what may begin a stop text waits."""
+        end = len(self._text)
+        if not self.finished:
+            end = min([end, *(_start_of_partial(self._text, text) for text in self._stop)])
+        piece, self._sent = self._text[self._sent : end], max(end, self._sent)
+        return piece
+
+    def result(self) -> Generation:
+        """What has been drawn so far."""
+        return Generation(
+            text=self._text if self._decoder else None,
+            ids=list(self._ids),
+            finished=self._ended,
+            steps=self.steps,
+            seconds=self._seconds,
+            draws=self._draws,
+            decoded_share=self._slots / max(1, self._draws * self._patch_size),
+            exact=self._exact,
+            error=self.error,
+        )
+
+    def _append_text(self, piece: str) -> None:
+        longest = max(map(len, self._stop), default=1)
+        searched = max(0, len(self._text) - longest + 1)
+        self._text += piece
+        ends = [at for text in self._stop if (at := self._text.find(text, searched)) >= 0]
+        if ends:
+            self._text, self._ended = self._text[: min(ends)], True
+
+
+def start_id(config: CalmConfig) -> int | None:
+    """The token before a text: BOS, or EOS where the model has none."""
+    return config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+
+
+def _token_ids(
+    prompt: str | Sequence[int], config: CalmConfig, tokenizer: Tokenizer | None
+) -> list[int]:
+    if isinstance(prompt, str):
+        known = tokenizer is not None
+        check(known, "prompts", "token ids, for there is no tokenizer", "a text")
+        prompt = tokenizer.encode(prompt)
+    ids = [int(token) for token in prompt]
+    wrong = next((token for token in ids if not 0 <= token < config.vocab_size), None)
+    check(wrong is None, "prompts", f"token ids in [0, {config.vocab_size})", wrong)
+    return ids
+
+
+def _split_prompt(ids: list[int], mode: str, config: CalmConfig) -> tuple[list[int], list[int]]:
+    """What the backbone reads, in whole patches, and the tokens that begin the first new patch.
+
+    align: start tokens fill the first patch at the left. constrain: the text begins with a patch,
+    and what its end leaves over is known of the first new one. Without any whole patch, one of
+    start tokens is read.
+    """
+    size, start = config.patch_size, start_id(config)
+    left = len(ids) % size if mode == "constrain" else 0
+    context, left_over = ids[: len(ids) - left], ids[len(ids) - left :]
+    missing = -len(context) % size if context else size
+    check(
+        not missing or start is not None,
+        "prompts",
+        f"whole patches of {size} tokens, as there is no BOS or EOS to fill one",
+        f"{len(ids)} tokens",
+    )
+    return [start] * missing + context, left_over
+
+
+def _start_of_partial(text: str, stop: str) -> int:
+    """Where the longest end of `text` that is a beginning of `stop` starts."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return len(text) - size
+    return len(text)

@@ -1,0 +1,157 @@
+// Bounds of groups against exact scores, which they must cover and be near, and ids from them.
+#include "simulator/argmax_operands.h"
+
+namespace calm_rt {
+namespace {
+
+template <class T>
+double norm(const T* row, int64_t size) {
+  return std::sqrt(product(row, row, size));
+}
+
+constexpr uint32_t kEntryBits = kGroup - 1;
+
+float without_entry(float bound) {
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, bound) & ~kEntryBits);
+}
+
+template <class T>
+struct Rounded {
+  std::vector<float> hidden_norm, weight_norm;
+  std::vector<bfloat16> hidden, weight;
+
+  explicit Rounded(const Operands<T>& x) : hidden_norm(x.sizes.rows, NAN), weight_norm(x.sizes.entries, NAN) {
+    hidden = round_rows(x.hidden, x.sizes.size, hidden_norm);
+    weight = round_rows(x.weight, x.sizes.size, weight_norm);
+  }
+};
+
+// Entries first ... first + count - 1.
+template <class T>
+std::vector<GroupBound> bound_groups(const Operands<T>& x, const Rounded<T>& rounded, int64_t first, int64_t count) {
+  std::vector<GroupBound> bounds(x.sizes.rows * num_groups(count), {NAN, NAN});
+  launch(Cuda{}, BoundGroups{.hidden = rounded.hidden.data(),
+                             .weight = rounded.weight.data() + first * x.sizes.size,
+                             .hidden_norm = rounded.hidden_norm.data(),
+                             .weight_norm = rounded.weight_norm.data() + first,
+                             .bounds = bounds.data(),
+                             .num_rows = x.sizes.rows,
+                             .block = count,
+                             .size = x.sizes.size,
+                             .exact = std::is_same_v<T, bfloat16>});
+  return bounds;
+}
+
+template <class T>
+std::vector<int64_t> search(const Operands<T>& x) {
+  const auto [rows, entries, size, block] = x.sizes;
+  const Rounded<T> rounded(x);
+  std::vector<double> best(rows, NAN);  // what a new tensor may hold
+  std::vector<int64_t> id(rows, -1);
+  for (int64_t first = 0; first < entries; first += block) {
+    const int64_t count = std::min(block, entries - first);
+    const std::vector<GroupBound> bounds = bound_groups(x, rounded, first, count);
+    launch(Cuda{}, SearchGroups<T>{.bounds = bounds.data(),
+                                   .hidden = x.hidden.data(),
+                                   .weight = x.weight.data() + first * size,
+                                   .best = best.data(),
+                                   .id = id.data(),
+                                   .first_id = first,
+                                   .num_rows = rows,
+                                   .block = count,
+                                   .size = size});
+  }
+  check_best(x, best, id, "search_groups");
+  return id;
+}
+
+template <class T>
+void check_operands(const Operands<T>& x) {
+  check_ids(x, "search_groups", [&](const std::vector<int64_t>&) { return search(x); });
+}
+
+// A group's largest bound is not below any exact score, its next not below any but that of the entry which the largest
+// names, and neither is above all scores by more than twice what a score may be off.
+template <class T>
+void check_bounds(const Operands<T>& x) {
+  const auto [rows, entries, size, block] = x.sizes;
+  const Rounded<T> rounded(x);
+  std::vector<GroupBound> bounds;
+  for (uint32_t schedule = 0; schedule < kSchedules; ++schedule) {
+    simulator::set_schedule(schedule);
+    check_same(bound_groups(x, rounded, 0, entries), bounds, schedule, "bound differs under schedule", "bound_groups");
+  }
+  const double rounding = (std::is_same_v<T, bfloat16> ? 0 : kOperandRounding) + 1.5e-7 * static_cast<double>(size);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t g = 0; g < num_groups(entries); ++g) {
+      const GroupBound bound = bounds[r * num_groups(entries) + g];
+      const double largest = without_entry(bound.largest), next = without_entry(bound.next);
+      const int64_t named = g * kGroup + (__builtin_bit_cast(uint32_t, bound.largest) & kEntryBits);
+      double highest = -INFINITY, second = -INFINITY;  // of what the bounds may be
+      for (int64_t v = g * kGroup; v < std::min(entries, (g + 1) * kGroup); ++v) {
+        const T *hidden = x.hidden.data() + r * size, *weight = x.weight.data() + v * size;
+        const double exact = product(hidden, weight, size);
+        const double off = 2.2 * rounding * norm(hidden, size) * norm(weight, size) + 1e-4 * std::fabs(exact);
+        check(largest >= exact, "largest", "bound_groups", v, largest, exact);
+        check(v == named || next >= exact, "next", "bound_groups", v, next, exact);
+        second = std::max(second, std::min(highest, exact + off));
+        highest = std::max(highest, exact + off);
+      }
+      check(largest <= highest, "largest", "bound_groups", g, largest, highest);
+      check(next <= second, "next", "bound_groups", g, next, second);
+      check(named < entries, "entry", "bound_groups", g, static_cast<double>(named), static_cast<double>(entries));
+    }
+  }
+}
+
+// Both operands lose as much as rounding may take, all in the same direction; with an entry that goes the other way.
+Operands<float> worst_rounding(const Sizes& sizes) {
+  const float down = 1 + 0x1.fep-9f, up = 1 + 0x1.02p-8f;  // just below and above half a step of bfloat16
+  Operands<float> x{sizes, std::vector<float>(sizes.rows * sizes.size, down), {}};
+  for (int64_t v = 0; v < sizes.entries; ++v) x.weight.insert(x.weight.end(), sizes.size, v % 3 == 0 ? -up : down);
+  return x;
+}
+
+// Every row is an entry too, so that scores are as large as their operands let them be, and have all their bits.
+Operands<bfloat16> parallel(const Sizes& sizes) {
+  Operands<bfloat16> x{sizes, {}, {}};
+  for (int64_t i = 0; i < sizes.entries * sizes.size; ++i)
+    x.weight.push_back(convert<bfloat16>(1 + random_value() / 2));
+  x.hidden.assign(x.weight.end() - sizes.rows * sizes.size, x.weight.end());
+  return x;
+}
+
+template <class T>
+void check_type() {
+  // one band, two, four; a ring that goes round; tiles, groups and rows that are not whole
+  for (const Sizes& sizes : {Sizes{1, 1, 8}, Sizes{3, 37, 16}, Sizes{70, 200, 200}, Sizes{257, 70, 40}}) {
+    check_bounds(random_operands<T>(sizes));
+  }
+  check_operands(random_operands<T>({70, 300, 24, 128}));
+  check_operands(random_operands<T>({2, 301, 40, 77}));
+  const auto check = [](const Operands<T>& x) { check_operands(x); };
+  each_special<T>({3, 140, 8, 67}, check);
+  check(near_ties<T>({2, 90, 16}));
+  check(near_ties<T>({2, 90, 16, 66}));
+}
+
+}  // namespace
+
+void check_argmax_groups() {
+  check_type<float>();
+  check_type<bfloat16>();
+  check_type<half>();
+  check_bounds(worst_rounding({2, 130, 64}));
+  check_bounds(parallel({40, 64, 8}));
+  for (const float scale : {1e19f, 1e-19f, 1e-22f}) {  // beyond a float's largest, and products that underflow
+    Operands<float> x = random_operands<float>({3, 70, 40, 32});
+    for (float& value : x.hidden) value *= scale;
+    for (float& value : x.weight) value *= scale;
+    check_operands(x);
+  }
+  Operands<bfloat16> panels = random_operands<bfloat16>({2, 33000, 8});  // two, of which the second's entries are lower
+  for (size_t i = 40 * 8; i < panels.weight.size(); ++i) panels.weight[i].bits = 0;
+  check_operands(panels);
+}
+
+}  // namespace calm_rt

@@ -1,0 +1,51 @@
+"""Draws whose tokens are known, in place of a model's."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calm_rt import ops
+from calm_rt.draws import Draws
+from calm_rt.reference import Stream
+
+
+class PlantedDraws(Draws):
+    """Patches from a finite distribution, the same in each context or one a context.
+
+    patches: [X, K] int64.  weights: [X] or [B, X], in proportion to their probabilities.
+    decoded: how many tokens were asked for, and `passes` how often.
+    """
+
+    def __init__(self, patches: Tensor, weights: Tensor, seed: Tensor | int, rows: Tensor) -> None:
+        self.seed, self.rows = torch.as_tensor(seed), rows
+        self.patch_size = patches.shape[1]
+        self.patches, self.weights = patches, weights.double().expand(len(rows), -1)
+        self.decoded, self.passes = 0, 0
+
+    def of(self, contexts: Tensor) -> "PlantedDraws":
+        return PlantedDraws(self.patches, self.weights[contexts], self.seed, self.rows[contexts])
+
+    def draw(self, number: int, count: int) -> Tensor:
+        total = self.weights.cumsum(1)  # [B, X]
+        u = ops.noise(
+            self.rows,
+            count,
+            1,
+            seed=self.key(number),
+            stream=Stream.HEAD,
+            distribution="uniform",
+            dtype=torch.float64,
+        )[..., 0].T.contiguous()  # [B, count]
+        kind = torch.searchsorted(total, u * total[:, -1:], right=True)
+        return self.patches[kind]  # [B, count, K]
+
+    def decode(self, states: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        self.decoded += sum(map(len, rows))
+        self.passes += 1
+        return torch.cat([states[of_slot, slot] for slot, of_slot in enumerate(rows)])
+
+
+def planted_pools(tokens: Tensor, seed: int, rows: Tensor) -> PlantedDraws:
+    """What decodes given pools.  tokens: [B, S, K]; give them to `vote` as states."""
+    return PlantedDraws(tokens[0], torch.ones(tokens.shape[1]), seed, rows)

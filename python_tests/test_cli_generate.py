@@ -1,0 +1,93 @@
+"""`calm-rt generate`: prompts from everywhere, lines of JSON, streaming, and what interrupts it."""
+
+import io
+import json
+import os
+import shutil
+import signal
+
+import torch
+from small_runs import lines_of, output_of
+
+from calm_rt import checkpoint, cli
+from calm_rt.data import load_tokenizer
+from calm_rt.sequence import TokenSequence
+
+
+def test_generate(folder, capsys):
+    command = ["generate", "--model", folder / "calm", "--max-new-tokens", 9]
+    both = [*command, "--prompt", "The cat", "A dog"]
+    results = lines_of(capsys, *both, "--temperature", "1/2", "--json")
+    assert [(r["index"], r["prompt"]) for r in results] == [(0, "The cat"), (1, "A dog")]
+    assert all(len(r["ids"]) <= 9 and r["draws"] == 200 * r["steps"] for r in results)
+    again = lines_of(capsys, *both, "--temperature", "0.5", "--json", "--max-batch-size", 1)
+    assert [r["ids"] for r in again] == [r["ids"] for r in results]
+    plain = output_of(capsys, *both, "--temperature", "1/2")
+    assert all(r["prompt"] + r["text"] in plain for r in results)
+    [first] = lines_of(capsys, *command, "--prompt", "The cat", "--json")
+    streamed = output_of(capsys, *command, "--prompt", "The cat", "--stream")
+    assert streamed == first["prompt"] + first["text"] + "\n"
+
+
+def test_generate_from_files(folder, tmp_path, capsys, monkeypatch):
+    command = ["generate", "--model", folder / "calm", "--max-new-tokens", 3, "--json"]
+    expected = lines_of(capsys, *command, "--prompt", "The cat", "", "A dog")
+    (tmp_path / "prompts.txt").write_text("The cat\n\nA dog\n")
+    assert untimed(lines_of(capsys, *command, "--prompts", tmp_path / "prompts.txt")) == untimed(
+        expected
+    )
+    own = tmp_path / "prompts.jsonl"  # what the command writes it can read
+    own.write_text("".join(json.dumps(line) + "\n" for line in expected))
+    assert untimed(lines_of(capsys, *command, "--prompts", own)) == untimed(expected)
+    monkeypatch.setattr("sys.stdin", io.StringIO("The cat\n\nA dog\n"))
+    assert untimed(lines_of(capsys, *command, "--prompts", "-")) == untimed(expected)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\nprompt"))
+    [whole] = lines_of(capsys, *command)
+    assert whole["prompt"] == "one\nprompt"
+
+
+def untimed(lines):
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def test_bad_prompt_files(folder, fails, tmp_path):
+    generate = ["generate", "--model", folder / "calm", "--prompts"]
+    fails([*generate, tmp_path / "absent"], "absent")
+    file = tmp_path / "prompts.jsonl"
+    for wrong in ("no json", '"text"', '{"text": "x"}', '{"prompt": 3}'):
+        file.write_text(f'{{"prompt": "x"}}\n{wrong}\n')
+        fails([*generate, file], "prompts", "line 2", wrong)
+
+
+def test_ctrl_c_while_streaming(folder, capsys, monkeypatch):
+    """The text so far stays on the screen."""
+    command = ["generate", "--model", folder / "calm", "--prompt", "The cat", "--stream"]
+    command += ["--max-new-tokens", 40]
+    whole, extend, steps = output_of(capsys, *command), TokenSequence.extend, []
+
+    def press(self, *drawn):
+        extend(self, *drawn)
+        steps.append(self.result().text)
+        if len(steps) == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TokenSequence, "extend", press)
+    assert cli.main([str(argument) for argument in command]) == 130
+    output = capsys.readouterr()
+    assert "interrupted" in output.err and output.out.endswith("\n")
+    kept = output.out.removesuffix("\n")
+    assert steps[10] and kept == "The cat" + steps[10] and whole.startswith(kept)
+
+
+def test_what_fails_is_named_and_the_rest_printed(folder, tmp_path, capsys):
+    shutil.copytree(folder / "calm", tmp_path / "model")
+    model = checkpoint.load(tmp_path / "model")
+    [token] = load_tokenizer(tmp_path / "model").encode("?")
+    model.transformer.embed_tokens.weight.data[token] = torch.nan
+    model.save(tmp_path / "model")
+    command = ["generate", "--model", tmp_path / "model", "--prompt", "?", "The cat", "--json"]
+    assert cli.main([str(argument) for argument in [*command, "--max-new-tokens", 4]]) == 2
+    output = capsys.readouterr()
+    damaged, whole = map(json.loads, output.out.splitlines())
+    assert damaged["ids"] == [] and whole["error"] is None and whole["ids"]
+    assert output.err.startswith("calm-rt generate: sequence 0, step 0: hidden states are NaN")

@@ -1,0 +1,139 @@
+"""`make gpu` without a GPU: it says so; its parts, limits and results behave."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "benchmarks" / "gpu.py"
+pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="not in a checkout")
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """The program as a module, on a machine that seems to have a GPU and nothing to do."""
+    spec = importlib.util.spec_from_file_location("gpu", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu", module)  # where a dataclass looks its module up
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(module, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(module, "ROWS", tmp_path / "rows.json")
+    return module
+
+
+def part(gpu, program: str, seconds: float = 60):
+    return gpu.Part("a test", seconds, lambda: [[sys.executable, "-c", program]])
+
+
+def run(gpu, monkeypatch, folder: Path, **parts) -> tuple[int, dict]:
+    """Exit status and what was written."""
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    status = gpu.main(["--output", str(folder)])
+    [path] = folder.iterdir()
+    return status, json.loads(path.read_text())
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, PROGRAM, "build"], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and "torch sees no NVIDIA GPU here" in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_unknown_part_is_named(gpu, capsys) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["lows"])
+    assert "got 'lows'" in capsys.readouterr().err
+
+
+def test_a_failed_part_does_not_stop_the_next(gpu, monkeypatch, tmp_path, capsys) -> None:
+    def missing():
+        raise gpu.Missing("no such tool here")
+
+    status, result = run(
+        gpu,
+        monkeypatch,
+        tmp_path / "results",
+        first=part(gpu, "print('why it failed'); raise SystemExit(3)"),
+        second=gpu.Part("needs a tool", 60, missing),
+        third=part(gpu, "pass"),
+    )
+    assert status == 1
+    assert [outcome["passed"] for outcome in result["parts"].values()] == [False, False, True]
+    assert "exit status 3" in result["parts"]["first"]["reason"]
+    assert result["parts"]["second"]["reason"] == "no such tool here"
+    assert "why it failed" in capsys.readouterr().out
+
+
+def test_a_part_ends_at_its_limit_with_what_it_started(gpu, monkeypatch, tmp_path) -> None:
+    """The command's own child would write a file after the limit."""
+    late = tmp_path / "late"
+    child = f"import time; time.sleep(2); open({str(late)!r}, 'w')"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.monotonic()
+    status, result = run(gpu, monkeypatch, tmp_path / "results", slow=part(gpu, program, seconds=1))
+    assert status == 1 and "stopped after 1 s" in result["parts"]["slow"]["reason"]
+    time.sleep(max(0, start + 3 - time.monotonic()))
+    assert not late.exists()
+
+
+def test_parts_share_ten_minutes(gpu, monkeypatch, tmp_path) -> None:
+    assert sum(one.seconds for one in gpu.PARTS.values()) <= gpu.TOTAL_SECONDS == 600
+    monkeypatch.setattr(gpu, "TOTAL_SECONDS", 0)
+    status, result = run(gpu, monkeypatch, tmp_path / "results", one=part(gpu, "pass"))
+    assert status == 1 and result["parts"]["one"]["reason"] == "no time was left"
+
+
+def test_results_name_device_date_and_commit(gpu, monkeypatch, tmp_path, capsys) -> None:
+    row = {"case": "noise-x", "passes": "forward", "dtype": "float32", "flop": 5e9, "bytes": 2e9}
+    measured = {
+        "limits": {"copy": 4e12, "product": {"float32": 5e13}},
+        "rows": [
+            {**row, "rival": "native", "median_ms": 1.0},
+            {**row, "rival": "official", "median_ms": 12.0},
+        ],
+    }
+    program = f"open({str(gpu.ROWS)!r}, 'w').write({json.dumps(measured)!r})"
+    status, result = run(gpu, monkeypatch, tmp_path / "results", bench=part(gpu, program))
+    assert status == 0 and result["rows"] == measured["rows"]
+    assert result["device"] == "NVIDIA H200" and {"date", "commit"} <= set(result)
+    [path] = (tmp_path / "results").iterdir()
+    assert path.name == f"h200-{result['date'][:10]}.json"
+    assert "| noise-x | forward | 1 | 12 |  |  | 50% | 10% |" in capsys.readouterr().out
+
+
+def test_results_of_a_run_without_the_benchmark_hold_no_older_rows(
+    gpu, monkeypatch, tmp_path
+) -> None:
+    gpu.ROWS.write_text(json.dumps({"rows": [{"case": "of an earlier run"}]}))
+    status, result = run(gpu, monkeypatch, tmp_path / "results", one=part(gpu, "pass"))
+    assert status == 0 and "rows" not in result
+
+
+def test_results_are_written_whole_or_not_at_all(gpu, tmp_path) -> None:
+    result = {"device": "NVIDIA H100 80GB HBM3", "date": "2026-01-02T03:04:05"}
+    path = gpu.write_result(result, tmp_path)
+    assert path.name == "h100-80gb-hbm3-2026-01-02.json"
+    with pytest.raises(TypeError):
+        gpu.write_result({**result, "parts": object()}, tmp_path)
+    assert [other.name for other in tmp_path.iterdir()] == [path.name]
+    assert json.loads(path.read_text()) == result
+
+
+def test_every_large_case_is_an_op_with_a_cost() -> None:
+    spec = importlib.util.spec_from_file_location("gpu_rows", PROGRAM.with_name("gpu_rows.py"))
+    rows = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rows)
+    from calm_rt import benchmark, costs
+
+    assert {case.op for case in rows.CASES} == {case.op for case in benchmark.benchmark_cases()}
+    assert all(callable(getattr(costs, case.op)) for case in rows.CASES)

@@ -1,0 +1,71 @@
+"""`calm-rt plan`: what it predicts against what a run of the same sizes takes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from calm_rt.nn import AutoencoderConfig, CalmConfig
+from calm_rt.planning import plan_generation
+
+SIZES = {"patch_size": 4, "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688}
+MODEL = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_mlp_layers": 3, "latent_size": 64}
+CONFIGS = CalmConfig(**SIZES, **MODEL), AutoencoderConfig(**SIZES, latent_size=64)
+PROBE = """
+import json, sys, torch
+from pathlib import Path
+from calm_rt.benchmark import _resident
+from calm_rt.generation import Generator
+from calm_rt.nn import AutoencoderConfig, Calm, CalmConfig
+
+def run(sizes, model, batch_size, prompt_tokens, max_new_tokens, num_candidates, prefill_chunk):
+    config = CalmConfig(**sizes, **model)
+    calm = Calm(config, AutoencoderConfig(**sizes, latent_size=config.latent_size))
+    for parameter in calm.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    calm.to(DTYPE)
+    generator = Generator(calm, prefill_chunk=prefill_chunk)
+    options = {"temperature": 1 if num_candidates == 1 else "1/2", "num_candidates": num_candidates}
+    prompts = [[5] * prompt_tokens] * batch_size
+    generator.generate(prompts, max_new_tokens=max_new_tokens, **options)
+
+sizes, model, setting, dtype = json.loads(sys.argv[1])
+DTYPE = getattr(torch, dtype)
+tiny = {name: 64 for name in sizes} | {"patch_size": sizes["patch_size"]}
+run(tiny, model, 1, 8, 8, setting[3], 8)
+before = _resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+run(sizes, model, *setting)
+print(_resident("VmHWM") - before)
+"""
+NAMES = ("batch_size", "prompt_tokens", "max_new_tokens", "num_candidates", "prefill_chunk")
+
+
+def measured_peak(setting, dtype):
+    """Growth of a process's resident memory from before the model to the end of generation."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROBE, json.dumps([SIZES, MODEL, setting, dtype])]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout)
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype"),
+    [
+        ((1, 64, 8, 200, 1024), "float32"),
+        ((8, 2048, 8, 1, 1024), "float32"),
+        ((16, 256, 8, 100, 4096), "float32"),
+        ((32, 64, 4, 500, 1024), "float32"),
+    ],
+)
+def test_predicted_peak_is_within_15_percent(setting, dtype):
+    options = dict(zip(NAMES, setting, strict=True))
+    plan = plan_generation(*CONFIGS, dtype=getattr(torch, dtype), **options)
+    peak = measured_peak(setting, dtype)
+    print(plan, peak, plan["peak_bytes"] / peak)
+    assert abs(plan["peak_bytes"] - peak) <= 0.15 * peak, (plan, peak)

@@ -1,0 +1,213 @@
+"""Each primitive of the CUDA kernels does what it says: in the simulator, and on a GPU the same.
+
+`make simulator` builds csrc/simulator/conformance.cu for the simulator; for the GPU it is built
+here.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_simulator import ROOT, built
+from torch import Tensor
+
+WORDS, THREADS, WARP = 4096, 128, 32
+SECTIONS = {  # in the order of the program's output, in multiples of WORDS
+    "narrow_bfloat16": 1,
+    "narrow_half": 1,
+    "widen_bfloat16": 1,
+    "widen_half": 1,
+    "max_nan": 1,
+    "packs": 1,
+    "single_elements": 1,
+    "widen_pairs": 2,
+    "warp_sum": 1,
+    "warp_max": 1,
+    "block_sum": 1,
+    "block_max": 1,
+    "warp_sum_many": 1,
+    "ballot": 1,
+    "shuffle": 1,
+    "matrices": 1,
+    "products": 1,
+}
+SUM_ROUNDING = 16 * 1.5e-7  # of sixteen products and the sum before, as the kernels count with
+NVCC = shutil.which("nvcc")
+
+
+def run(program: Path, folder: Path, words: Tensor) -> dict[str, Tensor]:
+    """The program's sections, int32."""
+    given, made = folder / "words", folder / f"{program.name}.out"
+    given.write_bytes(words.numpy().tobytes())
+    subprocess.run([program, given, made], check=True)
+    out = torch.frombuffer(bytearray(made.read_bytes()), dtype=torch.int32)
+    parts = out.split([count * WORDS for count in SECTIONS.values()])
+    return dict(zip(SECTIONS, parts, strict=True))
+
+
+def compile_for_device(output: Path, *options: str) -> None:
+    source = ROOT / "csrc" / "simulator" / "conformance.cu"
+    command = [NVCC, "-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", *options, source, "-o", output]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def words() -> Tensor:
+    """Random bits, and every kind of special value in both halves."""
+    generator = torch.Generator().manual_seed(7)
+    random = torch.randint(-(2**31), 2**31, (WORDS,), generator=generator).int()
+    special = [
+        0.0,
+        -0.0,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+        1e-40,
+        65520.0,
+        3.4e38,
+        -1.0,
+        1.00390625,
+    ]
+    random[:10] = torch.tensor(special).view(torch.int32)
+    random[16:26] = random[:10] >> 16  # as 16-bit numbers
+    return random
+
+
+@pytest.fixture(scope="module")
+def simulated(words: Tensor, tmp_path_factory) -> dict[str, Tensor]:
+    return run(built("simulator_conformance"), tmp_path_factory.mktemp("simulator"), words)
+
+
+def halves(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two 16-bit numbers a word, the lower first."""
+    return words.view(dtype)
+
+
+def assert_same(bits: Tensor, expected: Tensor) -> None:
+    """The same bits, where any NaN is as good as another."""
+    got = bits.view(expected.dtype)[: expected.numel()].view_as(expected)
+    nan = expected.isnan()
+    integer = {4: torch.int32, 2: torch.int16}[expected.itemsize]
+    assert torch.equal(got.isnan(), nan)
+    assert torch.equal(got.view(integer)[~nan], expected.view(integer)[~nan])
+
+
+def test_conversions(simulated, words: Tensor) -> None:
+    floats, low = words.view(torch.float32), words.short()
+    for name, dtype in (("bfloat16", torch.bfloat16), ("half", torch.float16)):
+        assert_same(simulated[f"narrow_{name}"].short(), floats.to(dtype))
+        assert_same(simulated[f"widen_{name}"], low.view(dtype).float())
+    swapped = floats.view(-1, 2).flip(1).flatten()
+    assert_same(simulated["max_nan"], torch.maximum(floats, swapped))
+
+
+def test_consecutive_elements(simulated, words: Tensor) -> None:
+    brief = halves(words, torch.bfloat16)
+    assert_same(simulated["packs"], brief)
+    shorter = brief.view(-1, 8).clone()
+    shorter[:, 5:] = 0
+    assert_same(simulated["single_elements"], shorter.flatten())
+    assert_same(simulated["widen_pairs"], brief.float())
+
+
+def test_reductions(simulated, words: Tensor) -> None:
+    def fraction(words: Tensor) -> Tensor:
+        return (words.long() & 0xFFFFFFFF).bitwise_right_shift(8).double() * 2**-24 - 0.5
+
+    exact = fraction(words)
+    warps, blocks = exact.view(-1, WARP), exact.view(-1, THREADS)
+    for name, groups in (("warp", warps), ("block", blocks)):
+        size = groups.shape[1]
+        maximum = groups.amax(1, keepdim=True).expand(-1, size).float().flatten()
+        assert_same(simulated[f"{name}_max"], maximum)
+        total = simulated[f"{name}_sum"].view(torch.float32).double().view(-1, size)
+        assert (total == total[:, :1]).all()
+        rounding = size * 2**-24 * groups.abs().sum(1)
+        assert ((total[:, 0] - groups.sum(1)).abs() <= rounding).all()
+    many = torch.stack([fraction((words.long() * (2 * k + 1)).int()) for k in range(8)])
+    sums = many.view(8, -1, WARP).sum(-1).T.repeat_interleave(WARP // 8, dim=1)
+    got = simulated["warp_sum_many"].view(torch.float32).double().view_as(sums)
+    assert ((got - sums).abs() <= WARP * 2**-24 * WARP / 2).all()
+    positive = (warps > 0).long() << torch.arange(WARP)
+    assert_equal_words(simulated["ballot"], positive.sum(1, keepdim=True).expand(-1, WARP))
+    lanes, rows = torch.arange(WARP), words.long().view(-1, WARP)
+    down = torch.where(lanes + 3 < WARP, lanes + 3, lanes)
+    assert_equal_words(simulated["shuffle"], rows[:, down] + rows[:, lanes * 5 % WARP])
+
+
+def assert_equal_words(words: Tensor, expected: Tensor) -> None:
+    assert torch.equal(words.long() & 0xFFFFFFFF, (expected & 0xFFFFFFFF).flatten())
+
+
+def test_matrices_arrive_as_the_manual_draws_them(simulated, words: Tensor) -> None:
+    """Lane l has of each 8 x 8 matrix row l / 4, columns 2 (l % 4) and the next."""
+    rows = words.view(-1, WARP, 4).clone()
+    rows[:, ::5] = 0  # what was not wanted
+    lanes = torch.arange(WARP)
+    expected = torch.stack([rows[:, 8 * m + lanes // 4, lanes % 4] for m in range(4)], -1)
+    assert torch.equal(simulated["matrices"].view_as(expected), expected)
+
+
+def product_operands(words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[W, 16, 16], [W, 16, 8] and [W, 16, 8] as the warps' lanes hold them, in float64."""
+
+    def tame(words: Tensor) -> Tensor:
+        bits = (words & 0x807F807F) | (((words >> 7 & 0x00070007) + 0x007C007C) << 7)
+        return halves(bits.int(), torch.bfloat16).double().view(*words.shape, 2)
+
+    unsigned = (words.long() & 0xFFFFFFFF).view(-1, WARP, 4)
+    row, column = torch.arange(WARP) // 4, torch.arange(WARP) % 4 * 2
+    a, b, sums = (torch.zeros(len(unsigned), 16, n, dtype=torch.float64) for n in (16, 8, 8))
+    for k in range(4):
+        for half in range(2):
+            a[:, row + k % 2 * 8, column + half + k // 2 * 8] = tame(unsigned[..., k])[..., half]
+        added = unsigned[..., (k + 1) % 4].bitwise_right_shift(8).double() * 2**-24 - 0.5
+        sums[:, row + k // 2 * 8, column + k % 2] = added
+    for k in range(2):
+        for half in range(2):
+            values = tame(unsigned[..., k] * 3 & 0xFFFFFFFF)[..., half]
+            b[:, column + half + k * 8, row] = values
+    return a, b, sums
+
+
+def check_products(bits: Tensor, words: Tensor) -> None:
+    a, b, sums = product_operands(words)
+    exact, magnitude = sums + a @ b, sums.abs() + a.abs() @ b.abs()
+    row, column = torch.arange(WARP) // 4, torch.arange(WARP) % 4 * 2
+    got = bits.view(torch.float32).double().view(-1, WARP, 4)
+    for k in range(4):
+        place = (slice(None), row + k // 2 * 8, column + k % 2)
+        assert ((got[..., k] - exact[place]).abs() <= SUM_ROUNDING * magnitude[place]).all()
+
+
+def test_products_are_within_what_the_kernels_allow(simulated, words: Tensor) -> None:
+    check_products(simulated["products"], words)
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_device_program_compiles(architecture: str, tmp_path: Path) -> None:
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
+    compile_for_device(tmp_path / "conformance.o", "-c", "-gencode", target)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_device_equals_the_simulator(simulated, words: Tensor, tmp_path: Path) -> None:
+    assert NVCC is not None, "nvcc is not on PATH"
+    program = tmp_path / "conformance"
+    compile_for_device(program, "-arch=native", "-cudart=static")
+    device = run(program, tmp_path, words)
+    check_products(device.pop("products"), words)
+    for name, bits in device.items():
+        floats = {"narrow_bfloat16": torch.bfloat16, "narrow_half": torch.float16}.get(name)
+        if name in ("ballot", "shuffle", "matrices"):
+            assert torch.equal(bits, simulated[name]), name
+        elif floats is not None:
+            assert_same(bits.short(), simulated[name].short().view(floats))
+        elif name in ("packs", "single_elements"):
+            assert_same(bits, halves(simulated[name], torch.bfloat16))
+        else:
+            assert_same(bits, simulated[name].view(torch.float32))
