@@ -261,7 +261,8 @@ CASES = (
         vocabulary=128257,
     ),
     _mlp_case("R7-H16-I40", 7, 16, 40),
-    _mlp_case("R70-H33-I21", 70, 33, 21),  # several tiles, partial sums and odd rows
+    _mlp_case("R70-H33-I21", 70, 33, 21),
+    _mlp_case("R601-H33-I21", 601, 33, 21),  # several tiles, partial sums and odd rows
     _mlp_case("R2048-H512-I1280", 2048, 512, 1280, benchmark=True),
     _encode_case("R5-K4-H16", inputs.encode, 5, 31, 16, 40, 8, 4, gradients=("weights",)),
     _encode_case("R3-K1-H7", inputs.encode, 3, 5, 7, 9, 3, 1),
@@ -281,7 +282,8 @@ CASES = (
     _decode_case("R200-K4-H512-V128257-bf16", *DECODER_SIZES, benchmark=True, dtype=torch.bfloat16),
     _sample_case(5, 16, 3),
     _sample_case(1, 67, 1, 3, 1, 1),
-    _sample_case(3, 13, 45, 5, 7, 3),  # several tiles, each of several draws
+    _sample_case(3, 13, 45, 5, 7, 3),
+    _sample_case(25, 13, 45, 5, 7, 1),  # several tiles, each of several draws
     _sample_case(50, 33, 2, 70, 9, 1),
     _sample_case(128, 512, 8, *HEAD_SIZES, benchmark=True, rounds=7),
     _sample_case(4, 512, 200, *HEAD_SIZES, benchmark=True, rounds=7, trained=False),

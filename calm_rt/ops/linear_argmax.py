@@ -23,7 +23,8 @@ def linear_argmax(hidden: Tensor, weight: Tensor, screen: Tensor | None = None) 
         the same with it and without. None to round the weight in passing.
     returns: [R] int64; no gradient. The kernel's ids are those of exact arithmetic on the inputs
         on every device, the reference's those of a product rounded to the inputs' type.
-    Memory: no [R, V] logits; on the CPU no score at all, [R, H] of 8-bit numbers, on a GPU a block.
+    Memory: no [R, V] logits; on the CPU no score at all, [R, H] of 8-bit numbers; on a GPU one
+        bound for each 64 entries where H is a multiple of 8, otherwise a block of scores.
     Raises ValueError for other shapes, types or devices.
     Source: the argmax in the official CALM.temperature_sampling.
     """

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from calm_rt import _native, reference
 from calm_rt.ops.check import (
@@ -13,7 +12,7 @@ from calm_rt.ops.check import (
     check_shape,
     seed_and_rows,
 )
-from calm_rt.reference import HEAD_EPS, HeadWeights
+from calm_rt.reference import HEAD_EPS, HeadWeights, LinearWeights
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -67,18 +66,19 @@ def sample_latents(
     ]
 
 
-def _pairs(weights: HeadWeights) -> list[tuple[Tensor, Tensor]]:
-    """Weight and bias of every map and norm in the kernel's order."""
-    leaves = tree_leaves(weights)
-    return list(zip(leaves[::2], leaves[1::2], strict=True))
+def _pairs(weights: HeadWeights) -> list[LinearWeights]:
+    """Every map and norm in the kernel's order."""
+    first = [weights.noise, weights.noise_norm, weights.hidden, weights.hidden_norm]
+    blocks = [pair for block in weights.blocks for pair in block]
+    return [*first, *blocks, weights.final_norm, weights.final_first, weights.final_second]
 
 
 def _flat(weights: HeadWeights, dtype: torch.dtype) -> list[Tensor]:
     """The weights as the kernel's schema lists them, norms in the accumulation type."""
     wide, flat = torch.promote_types(dtype, torch.float32), []
-    for weight, bias in _pairs(weights):
-        kind = wide if weight.ndim == 1 else dtype
-        flat += [weight.to(kind), bias.to(kind)]
+    for pair in _pairs(weights):
+        kind = wide if pair.weight.ndim == 1 else dtype
+        flat += [part if part.dtype == kind else part.to(kind) for part in pair]
     return flat
 
 

@@ -73,7 +73,8 @@ void each_task(int64_t count, const Body& body, bool share_products = false) {
 // Calls body(first, count) for all columns of a product a b: in a task for all of them, elsewhere in tasks of ranges.
 template <class Device, class T, class Body>
 void each_column_range(const Matrix<T>& a, const Matrix<T>& b, const Body& body) {
-  constexpr int64_t kTasks = 8, kWidth = 64, kSmallest = 1 << 20;  // multiplications, 10 us of one thread
+  constexpr int64_t kTasks = 8, kWidth = 64,
+                    kSmallest = 1 << 17;  // multiplications, 10 us of one thread where memory bounds them
   if (std::is_same_v<Device, Cuda> || in_task) return body(0, b.columns);
   const bool small = a.rows * a.columns * b.columns < kSmallest;
   const int64_t most = small ? b.columns : (b.columns + kTasks * kWidth - 1) / (kTasks * kWidth) * kWidth;
