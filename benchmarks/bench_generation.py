@@ -1,14 +1,16 @@
 """The choice of the next patch at T = 1/2 from a pool of 200, at the size of CALM-M.
 
     pytest benchmarks -k selection
-    python benchmarks/bench_generation.py [--plot FILE] [--record MODEL SHARDS]
+    python benchmarks/bench_generation.py [--plot FILE] [--model MODEL] [--record MODEL SHARDS]
 
 `official` is the official code's formulas in eager PyTorch: the head on 200 copies of the context,
 the decoder on all latent vectors, all logits, argmax, a Counter on the host. `native` is
 sample_patches. Both run head and decoder of the official sizes on random weights, and then decode
 planted latent vectors, so that the pools are those that a small trained model drew ("real",
 benchmarks/pools.npz, one after the other) or have no patch twice ("without repeats"). What a lazy
-pool saves depends on its entropy: --plot times and draws that, pool by pool.
+pool saves depends on its entropy: --plot times and draws that, pool by pool. --model times whole
+steps of a trained model instead, the quickstart's for example: against the official formulas on the
+same backbone, and a batch against its sequences one by one.
 """
 
 import argparse
@@ -29,9 +31,18 @@ from calm_rt import official, ops, pool
 from calm_rt.atomic import scratch_folder
 from calm_rt.benchmark import compete, machine
 from calm_rt.data import TokenShards
-from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, screen_decoder
+from calm_rt.generation import Generator
+from calm_rt.nn import (
+    Autoencoder,
+    AutoencoderConfig,
+    Calm,
+    CalmConfig,
+    KVCache,
+    screen_decoder,
+)
 from calm_rt.nn.heads import EnergyHead
 from calm_rt.sampling import PatchSample, sample_patches
+from calm_rt.sequence import start_id
 
 PATCH, VOCABULARY, LATENT, CANDIDATES = 4, 128257, 128, 200
 SIZES = {"patch_size": PATCH, "vocab_size": VOCABULARY, "latent_size": LATENT}
@@ -46,6 +57,7 @@ CALM = CalmConfig(
 )
 POOLS = Path(__file__).with_name("pools.npz")
 RECORDED = 64  # pools in the file
+NEW_TOKENS, BATCH_SIZE = 64, 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 15
 JITTER = 0.05  # of a latent vector, so that no two are the same
@@ -203,6 +215,52 @@ def draw(rows: list[dict[str, float]], official_ms: float, title: str) -> Figure
 
 
 @torch.no_grad()
+def write_officially(model: Calm, num_patches: int) -> list[list[int]]:
+    """The official loop at T = 1/2 after an empty prompt, on our backbone with its cache."""
+    head, decoder = model.generative_head.weights(), model.ae_model.decoder.weights()
+    cache = KVCache(model.config, 1, num_patches)
+    patch, written = torch.full((1, model.config.patch_size), start_id(model.config)), []
+    for _ in range(num_patches):
+        hidden = model.hidden_states(patch, cache)[:, -1]
+        cache.advance(torch.ones(1, dtype=torch.int64))
+        latents = official.sample_latents(hidden, head, num_samples=CANDIDATES)
+        tokens = official.decode(latents[:, 0], decoder)  # [S, K]
+        patch = official.select_patch(tokens[None], n=2)  # [1, K]
+        written.append(patch[0].tolist())
+    return written
+
+
+def measure_steps(folder: str, rounds: int) -> None:
+    """Prints what NEW_TOKENS tokens of a trained model take, alone and in a batch."""
+    model = calm_rt.load(folder)
+    generator = Generator(model)
+    options = {"max_new_tokens": NEW_TOKENS, "temperature": "1/2", "num_candidates": CANDIDATES}
+
+    def write(*names: int) -> None:
+        generator.generate([[]] * len(names), sequence_ids=names, **options)
+
+    def write_one_by_one() -> None:
+        for name in range(BATCH_SIZE):
+            write(name)
+
+    num_patches = -(-NEW_TOKENS // model.config.patch_size)
+    duels = {
+        f"{NEW_TOKENS} tokens": {
+            "official": lambda: write_officially(model, num_patches),
+            "native": lambda: write(0),
+        },
+        f"{BATCH_SIZE} sequences of {NEW_TOKENS} tokens": {
+            "one by one": write_one_by_one,
+            "native": lambda: write(*range(BATCH_SIZE)),
+        },
+    }
+    for title, calls in duels.items():
+        times = compete(calls, "cpu", rounds)
+        medians = {rival: 1e3 * statistics.median(values) for rival, values in times.items()}
+        print(comparison(f"{title} of {folder}", medians), flush=True)
+
+
+@torch.no_grad()
 def record(folder: str, shards: str) -> None:
     """Writes the pools of a trained model after held-out text."""
     model, data = calm_rt.load(folder), TokenShards(shards)
@@ -228,10 +286,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument("--plot", metavar="FILE", help="also time every real pool, and draw that")
+    parser.add_argument("--model", help="a trained model's folder: time whole steps of it instead")
     parser.add_argument("--record", nargs=2, metavar=("MODEL", "SHARDS"), help="and do no more")
     options = parser.parse_args()
     if options.record:
         record(*options.record)
+        return
+    if options.model:
+        measure_steps(options.model, options.rounds)
         return
     for name, dtype in DTYPES.items():
         for kind, pools in KINDS.items():
