@@ -1,6 +1,8 @@
 """What tests share: small runs of the commands, and how many examples Hypothesis tries (100 of a
 test, with `pytest --hypothesis-profile=fuzz` many more)."""
 
+import signal
+
 import pytest
 from hypothesis import settings
 from small_runs import make_runs
@@ -16,6 +18,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     make_runs(folder)
     return folder
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT raises KeyboardInterrupt, also where a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ def test_a_busy_machine_is_named():
     assert "load 0.6" in load and "a forward native" in unsteady
 
 
-def test_ctrl_c_leaves_the_finished_rows(tiny, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_leaves_the_finished_rows(tiny, tmp_path, capsys, monkeypatch, ctrl_c):
     measure = benchmark.measure
 
     def press(case, passes, *arguments, **options):

@@ -59,7 +59,7 @@ def test_bad_prompt_files(folder, fails, tmp_path):
         fails([*generate, file], "prompts", "line 2", wrong)
 
 
-def test_ctrl_c_while_streaming(folder, capsys, monkeypatch):
+def test_ctrl_c_while_streaming(folder, capsys, monkeypatch, ctrl_c):
     """The text so far stays on the screen."""
     command = ["generate", "--model", folder / "calm", "--prompt", "The cat", "--stream"]
     command += ["--max-new-tokens", 40]
