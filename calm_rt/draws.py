@@ -47,6 +47,15 @@ class Draws:
         patches = latents.transpose(0, 1).flatten(0, 1)
         return decode_patch(patches, self._weights, eps=self._eps).unflatten(0, (-1, count))
 
+    def whole_patches(self, number: int, count: int) -> Tensor:
+        """The first `count` draws of a round, decoded in all slots.  returns: [B, count, K]."""
+        latents = self._model.sample(self._hidden, count, self.key(number), self.rows)  # [S, B, L]
+        return self._model.ae_model.decode(latents).transpose(0, 1)
+
+    def search_size(self, count: int) -> int:
+        """Multiplications that searching the vocabulary for `count` whole patches each takes."""
+        return len(self.rows) * count * self.patch_size * self._weights.vocabulary.numel()
+
     def decode(self, states: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """The tokens in chosen slots.
 

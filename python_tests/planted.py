@@ -15,7 +15,10 @@ class PlantedDraws(Draws):
 
     patches: [X, K] int64.  weights: [X] or [B, X], in proportion to their probabilities.
     decoded: how many tokens were asked for, and `passes` how often.
+    size_of_search: 0 lets pools be decoded whole.
     """
+
+    size_of_search = 1 << 62
 
     def __init__(self, patches: Tensor, weights: Tensor, seed: Tensor | int, rows: Tensor) -> None:
         self.seed, self.rows = torch.as_tensor(seed), rows
@@ -39,6 +42,12 @@ class PlantedDraws(Draws):
         )[..., 0].T.contiguous()  # [B, count]
         kind = torch.searchsorted(total, u * total[:, -1:], right=True)
         return self.patches[kind]  # [B, count, K]
+
+    def whole_patches(self, number: int, count: int) -> Tensor:
+        return self.draw(number, count)
+
+    def search_size(self, count: int) -> int:
+        return self.size_of_search
 
     def decode(self, states: Tensor, rows: Sequence[Tensor]) -> Tensor:
         self.decoded += sum(map(len, rows))

@@ -67,5 +67,4 @@ def test_predicted_peak_is_within_15_percent(setting, dtype):
     options = dict(zip(NAMES, setting, strict=True))
     plan = plan_generation(*CONFIGS, dtype=getattr(torch, dtype), **options)
     peak = measured_peak(setting, dtype)
-    print(plan, peak, plan["peak_bytes"] / peak)
     assert abs(plan["peak_bytes"] - peak) <= 0.15 * peak, (plan, peak)

@@ -187,3 +187,14 @@ def test_a_context_does_not_depend_on_its_batch_or_on_threads(n: int) -> None:
                 alone = planted_pools(tokens[row, None], 7, rows[row, None])
                 assert torch.equal(vote(alone, tokens[row, None], n).patches[0], together[row])
     assert len(together.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("temperature", [Fraction(0), Fraction(1, 2), Fraction(1, 3)])
+def test_pools_decoded_whole_choose_alike(temperature: Fraction) -> None:
+    draws = PlantedDraws(PATCHES, WEIGHTS, 4, torch.arange(500))
+    lazy = sample_from_pool(draws, temperature, 30, 1000, None)
+    draws.size_of_search = 0
+    whole = sample_from_pool(draws, temperature, 30, 1000, None)
+    assert torch.equal(lazy.patches, whole.patches) and torch.equal(lazy.draws, whole.draws)
+    assert torch.equal(lazy.exact, whole.exact)
+    assert (whole.slots == 30 * PATCHES.shape[1]).all() and (lazy.slots <= whole.slots).all()
