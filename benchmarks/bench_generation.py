@@ -14,8 +14,8 @@ same backbone, and a batch against its sequences one by one.
 """
 
 import argparse
+import io
 import itertools
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import calm_rt
 from calm_rt import official, ops, pool
-from calm_rt.atomic import scratch_folder
-from calm_rt.benchmark import compete, machine
+from calm_rt.atomic import replace
+from calm_rt.benchmark import compete
 from calm_rt.data import TokenShards
 from calm_rt.generation import Generator
 from calm_rt.nn import (
@@ -41,6 +41,7 @@ from calm_rt.nn import (
     screen_decoder,
 )
 from calm_rt.nn.heads import EnergyHead
+from calm_rt.report import duel_text
 from calm_rt.sampling import PatchSample, sample_patches
 from calm_rt.sequence import start_id
 
@@ -153,16 +154,6 @@ def measure(model: PlantedCalm, rounds: int) -> dict[str, float]:
     return {rival: 1e3 * statistics.median(values) for rival, values in times.items()}
 
 
-def comparison(title: str, times: dict[str, float]) -> str:
-    where, native = machine("cpu"), times["native"]
-    lines = [
-        f"{title}, {where['device']}, {where['threads']} threads, torch {where['torch']}, "
-        f"{where['instruction_set']}, load {where['load'][0]:.1f}, commit {where['commit']}"
-    ]
-    lines += [f"  {name:9} {ms:8.1f} ms  {ms / native:5.2f} x" for name, ms in times.items()]
-    return "\n".join(lines)
-
-
 def entropy(tokens: Tensor) -> float:
     """Of the patches of a pool, in bits.  tokens: [S, K]."""
     shares = tokens.unique(dim=0, return_counts=True)[1].double() / len(tokens)
@@ -257,7 +248,7 @@ def measure_steps(folder: str, rounds: int) -> None:
     for title, calls in duels.items():
         times = compete(calls, "cpu", rounds)
         medians = {rival: 1e3 * statistics.median(values) for rival, values in times.items()}
-        print(comparison(f"{title} of {folder}", medians), flush=True)
+        print(duel_text(f"{title} of {folder}", medians, "native"), flush=True)
 
 
 @torch.no_grad()
@@ -269,9 +260,10 @@ def record(folder: str, shards: str) -> None:
     places = torch.linspace(0, len(hidden) - 1, RECORDED).long()
     latents = model.sample(hidden[places], CANDIDATES, 0)  # [S, P, L]
     tokens = model.ae_model.decode(latents).transpose(0, 1)  # [P, S, K]
-    with scratch_folder(POOLS.parent) as scratch:
-        np.savez_compressed(scratch / POOLS.name, tokens=tokens.numpy().astype(np.uint16))
-        os.replace(scratch / POOLS.name, POOLS)
+    array = tokens.numpy().astype(np.uint16)
+    with io.BytesIO() as data:  # numpy gives a path another ending
+        np.savez_compressed(data, tokens=array)
+        replace(POOLS, lambda temporary: temporary.write_bytes(data.getvalue()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -279,7 +271,7 @@ def record(folder: str, shards: str) -> None:
 def test_selection(kind: str, dtype: str, capsys) -> None:
     times = measure(PlantedCalm(KINDS[kind](), DTYPES[dtype]), ROUNDS)
     with capsys.disabled():
-        print(f"\n{comparison(f'selection, {kind}, {dtype}', times)}")
+        print(f"\n{duel_text(f'selection, {kind}, {dtype}', times, 'native')}")
 
 
 def main() -> None:
@@ -300,13 +292,14 @@ def main() -> None:
             model = PlantedCalm(pools(), dtype)
             times = measure(model, options.rounds)
             title = f"selection, {kind}, {name}"
-            print(comparison(title, times), flush=True)
+            text = duel_text(title, times, "native")
+            print(text, flush=True)
             if options.plot and kind == "real":
                 rows = by_entropy(model, 3)
                 print(table(rows, times["official"]), flush=True)
                 path = Path(options.plot)
                 path = path.with_stem(f"{path.stem}-{name}")
-                draw(rows, times["official"], comparison(title, times)).savefig(path, dpi=150)
+                draw(rows, times["official"], text).savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

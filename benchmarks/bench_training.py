@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from calm_rt import losses, official_losses
-from calm_rt.benchmark import compete, machine
+from calm_rt.benchmark import compete
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, fold_encoder
+from calm_rt.report import duel_text
 from calm_rt.training_config import TrainingConfig
 from calm_rt.training_state import build_optimizer
 
@@ -98,13 +99,7 @@ def measure(kind: str, rounds: int) -> dict[str, float]:
 
 
 def comparison(kind: str, times: dict[str, float]) -> str:
-    where, ours = machine("cpu"), times["ours"]
-    lines = [
-        f"one {kind} step, ids {list(IDS[kind])}, {where['device']}, {where['threads']} threads, "
-        f"torch {where['torch']}, {where['instruction_set']}, commit {where['commit']}"
-    ]
-    lines += [f"  {name:9} {ms:8.1f} ms  {ms / ours:5.2f} x ours" for name, ms in times.items()]
-    return "\n".join(lines)
+    return duel_text(f"one {kind} step, ids {list(IDS[kind])}", times, "ours")
 
 
 def profile(kind: str, rival: str) -> str:

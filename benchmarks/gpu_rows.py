@@ -8,8 +8,6 @@ them.
 """
 
 import functools
-import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 
 from calm_rt import benchmark, inputs
+from calm_rt.tensor_files import write_json
 from calm_rt.testing import Case
 
 ROUNDS = 7
@@ -95,12 +94,6 @@ CASES = (
 )
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    scratch = path.with_suffix(".unfinished")
-    scratch.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(scratch, path)
-
-
 def measure(one: Case) -> list[dict[str, Any]]:
     """With gradients where the op has them: that is the work of a training step."""
     passes, rivals = benchmark.passes_of(one)[-1], benchmark.rivals_of(one)
@@ -132,14 +125,14 @@ def kernel_times(one: Case, backward: bool) -> dict[str, float]:
 def main(path: Path) -> int:
     results: dict[str, Any] = {"machine": benchmark.machine("cuda")}
     results |= {"limits": benchmark.limits("cuda"), "rows": [], "errors": {}}
-    write(results, path)
+    write_json(path, results)
     for one in CASES:
         try:
             results["rows"] += measure(one)
         except (RuntimeError, ValueError) as error:  # a case that fails leaves the others
             results["errors"][str(one)] = str(error)
             print(f"{one}: {error}", file=sys.stderr)
-        write(results, path)
+        write_json(path, results)
         torch.cuda.empty_cache()
     return 1 if results["errors"] else 0
 

@@ -1,7 +1,8 @@
 """Files that appear whole or not at all."""
 
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,3 +24,18 @@ def scratch_folder(folder: Path, name: str = "folder") -> Iterator[Path]:
         ) from None
     with scratch as path:
         yield Path(path)
+
+
+def replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` write a temporary file beside the path, which then takes the path's place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors writes files that only their owner can read
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a crash may leave the new name on empty contents
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

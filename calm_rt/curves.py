@@ -2,9 +2,10 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from calm_rt.atomic import replace
 
 LOG = "log.jsonl"
 CURVES = "curves.png"
@@ -23,12 +24,8 @@ class TrainingLog:
         kept = (
             [line for line in read_log(folder) if line["step"] <= first_step] if first_step else []
         )
-        temporary = folder / f".{LOG}.{os.getpid()}"
-        try:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        replace(self.path, lambda temporary: temporary.write_text(text))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line: how things stand after `step` steps."""
@@ -78,12 +75,7 @@ def plot_curves(folders: dict[str, Path], path: Path) -> None:
                 axis.plot(steps, values, marker="." if len(steps) < 20 else None)
             axis.set(title=f"{title}: {name}", xlabel="step")
             axis.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def _series(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, Any]]]:

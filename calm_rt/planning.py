@@ -27,7 +27,7 @@ from calm_rt.engine import PREFILL_CHUNK
 from calm_rt.losses import energy_loss
 from calm_rt.nn import AutoencoderConfig, Calm, CalmConfig, KVCache, fold_encoder
 from calm_rt.ops.check import check
-from calm_rt.sampling import POOL_BYTES
+from calm_rt.sampling import contexts_at_once, decodes_whole
 from calm_rt.training_state import build_optimizer
 
 RATE_SIZE = 1024  # of the square product that measures a machine's rate
@@ -229,7 +229,7 @@ def _draw_memory(
     """What a step's draws hold: as a rule, and at most.
 
     A pool decodes one slot of all candidates, and then few. At most, where all its candidates are
-    equal, it decodes all other slots at once.
+    equal, it decodes all other slots at once. Small ones are decoded whole.
     """
     held, config = memory.live, model.ae_model.config
     hidden = torch.empty(batch_size, model.config.hidden_size)
@@ -237,12 +237,14 @@ def _draw_memory(
         memory.peak = held
         model.ae_model.decode(model.sample(hidden, 1, 0)[0])
         return memory.peak - held, memory.peak - held
-    size_of_draw = hidden.itemsize * (config.latent_size + 2 * config.hidden_size)
-    contexts = min(batch_size, max(1, POOL_BYTES // (num_candidates * size_of_draw)))
-    peaks = []
+    contexts, peaks = min(batch_size, contexts_at_once(model, num_candidates)), []
+    draws = Draws(model, hidden[:contexts], torch.tensor(0), torch.arange(contexts))
+    if decodes_whole(draws, num_candidates):
+        memory.peak = memory.live
+        draws.whole_patches(0, num_candidates)
+        return memory.peak - held, memory.peak - held
     for slots in (1, config.patch_size - 1):
         memory.peak = memory.live
-        draws = Draws(model, hidden[:contexts], torch.tensor(0), torch.arange(contexts))
         states = draws.draw(0, num_candidates).flatten(0, 1)
         every = torch.arange(len(states))
         draws.decode(states, [every] * slots + [every[:0]] * (config.patch_size - slots))

@@ -128,14 +128,9 @@ def sample_patches(
         draws = torch.ones_like(rows)
         return PatchSample(patches, draws, draws * patches.shape[1], draws > 0)
 
-    # The draws of so many contexts fit in POOL_BYTES; others wait.
     largest = num_candidates if method == "pool" else max(num_candidates, LARGEST_ROUND)
-    decoder = model.ae_model.config
-    bytes_of_draw = hidden.element_size() * (decoder.latent_size + 2 * decoder.hidden_size)
-    parts = []
-    for part in torch.arange(len(rows), device=rows.device).split(
-        max(1, POOL_BYTES // (largest * bytes_of_draw))
-    ):
+    contexts, parts = torch.arange(len(rows), device=rows.device), []
+    for part in contexts.split(contexts_at_once(model, largest)):
         draws = Draws(model, hidden[part], seed, rows[part])
         known = None if prefix is None else prefix[part]
         if method == "exact":
@@ -144,6 +139,17 @@ def sample_patches(
         else:
             parts.append(sample_from_pool(draws, temperature, num_candidates, max_draws, known))
     return PatchSample(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def contexts_at_once(model: Calm, count: int) -> int:
+    """How many contexts' `count` draws fit in POOL_BYTES; others wait."""
+    config, item = model.ae_model.config, model.ae_model.decoder.lm_head_weight.itemsize
+    return max(1, POOL_BYTES // (count * item * (config.latent_size + 2 * config.hidden_size)))
+
+
+def decodes_whole(draws: Draws, count: int) -> bool:
+    """Whether pools of `count` draws are decoded without a look at what can be spared."""
+    return draws.search_size(count) < WHOLE_SEARCH
 
 
 def sample_from_pool(
@@ -159,12 +165,13 @@ def sample_from_pool(
     first_round: number of the first pool's round.
     """
     n = min(temperature.denominator, num_candidates) if temperature else num_candidates
-    if prefix is None and draws.search_size(num_candidates) < WHOLE_SEARCH:
+    if prefix is None and decodes_whole(draws, num_candidates):
         pool = draws.whole_patches(first_round, num_candidates)  # [B, S, K]
         chosen = ops.select_patch(pool, n=n, seed=draws.seed, rows=draws.rows)
         drawn = torch.full_like(chosen, num_candidates)
         patches = pool[torch.arange(len(pool), device=pool.device), chosen]
-        return PatchSample(patches, drawn, drawn * draws.patch_size, drawn < 0)
+        exact = torch.zeros_like(chosen, dtype=torch.bool)
+        return PatchSample(patches, drawn, drawn * draws.patch_size, exact)
     num_contexts, device = len(draws.rows), draws.rows.device
     patches = torch.full((num_contexts, draws.patch_size), -1, device=device)
     drawn = torch.zeros(num_contexts, dtype=torch.int64, device=device)

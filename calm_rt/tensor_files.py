@@ -5,7 +5,6 @@ as the bytes that are there. What comes back is such a mapping; copy what shall 
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from calm_rt.atomic import replace
 
 
 def write_tensors(
@@ -85,21 +86,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` write a temporary file beside the path, which then takes the path's place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors writes files that only their owner can read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else a crash may leave the new name on empty contents
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _open_safetensors(path: Path, read: Callable[[Any], Any]) -> Any:

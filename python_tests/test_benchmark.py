@@ -193,7 +193,8 @@ def test_a_sweep_ends_before_it_takes_long(monkeypatch):
     monkeypatch.setattr(scaling, "_measure_point", point)
     sweep = dataclasses.replace(scaling.SWEEPS[0], values=(1, 100, 200, 201, 300))
     list(scaling.measure_sweep(sweep, "cpu"))
-    assert seen[: len(seen) // 2] == [1, 100, 200]  # 201 would take 2.01 s
+    thread_counts = min(2, torch.get_num_threads())
+    assert seen == [1, 100, 200] * thread_counts  # 201 would take 2.01 s
 
 
 def test_slower_points_are_named(monkeypatch):

@@ -18,7 +18,7 @@
 // On the GPU tensor cores multiply operands rounded to bfloat16, and of 64 entries only the largest bound of a score,
 // which entry has it, and the next bound are kept (BoundGroups): no score is stored. SearchGroups computes an entry
 // exactly whose bound can win, and all of a group whose next bound can. BoundGroups reads each row of hidden
-// V / kGroupTiles / 128 times and of weight R / 256 times, mostly from L2, and writes R*V/8 bytes.
+// V / 256 times and of weight R / 256 times, mostly from L2, and writes R*V/8 bytes.
 //
 // Where rows are not whole packs of eight (H odd, say), the library multiplies operands rounded to bfloat16 block by
 // block of the vocabulary; no more than one block of scores exists. A rounded score differs from the exact one by no

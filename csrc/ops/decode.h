@@ -25,9 +25,9 @@ Tensor decode(const Tensor& latents, const Tensor& latent, const Tensor& latent_
       "decode: latent must be [H, L], expand [K H, H], of latents' dtype, norm [H] of its accumulation type");
 
   Guard<Device> guard(latents);
-  using torch::stable::contiguous, torch::stable::new_empty;
-  Tensor latents_ = contiguous(latents), latent_ = contiguous(latent), latent_bias_ = contiguous(latent_bias);
-  Tensor expand_ = contiguous(expand), expand_bias_ = contiguous(expand_bias), norm_ = contiguous(norm);
+  using torch::stable::new_empty;
+  Tensor latents_ = as_contiguous(latents), latent_ = as_contiguous(latent), latent_bias_ = as_contiguous(latent_bias);
+  Tensor expand_ = as_contiguous(expand), expand_bias_ = as_contiguous(expand_bias), norm_ = as_contiguous(norm);
   const MlpLayers patch_mlps(patch_layers, type, size, "decode"), token_mlps(token_layers, type, size, "decode");
   Tensor hidden = new_empty(latents, {num_rows * patch, size});
 

@@ -37,10 +37,11 @@ std::tuple<Tensor, Tensor> encode(const Tensor& ids, const Tensor& tables, std::
       "encode: norm must be [H] in the accumulation type, latent [2 L, H] and latent_bias [2 L] of tables' dtype");
 
   Guard<Device> guard(ids);
-  using torch::stable::contiguous, torch::stable::new_empty;
-  Tensor ids_ = contiguous(ids), tables_ = contiguous(tables), norm_ = contiguous(norm);
-  Tensor latent_ = contiguous(latent), latent_bias_ = contiguous(latent_bias);
-  Tensor squeeze_ = folded ? tables_ : contiguous(*squeeze), squeeze_bias_ = folded ? norm_ : contiguous(*squeeze_bias);
+  using torch::stable::new_empty;
+  Tensor ids_ = as_contiguous(ids), tables_ = as_contiguous(tables), norm_ = as_contiguous(norm);
+  Tensor latent_ = as_contiguous(latent), latent_bias_ = as_contiguous(latent_bias);
+  Tensor squeeze_ = folded ? tables_ : as_contiguous(*squeeze),
+         squeeze_bias_ = folded ? norm_ : as_contiguous(*squeeze_bias);
   const MlpLayers token_mlps(token_layers, type, size, "encode"), patch_mlps(patch_layers, type, size, "encode");
   Tensor mean = new_empty(tables, {num_rows, latent_size}), log_std = new_empty(tables, {num_rows, latent_size});
 

@@ -28,8 +28,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> energy_score(const Te
   STD_TORCH_CHECK(num_targets >= 1, "energy_score: num_targets must be at least 1");
 
   Guard<Device> guard(x);
-  using torch::stable::contiguous, torch::stable::new_empty;
-  Tensor x_ = contiguous(x), mean_ = contiguous(mean), log_std_ = contiguous(log_std), rows_ = contiguous(rows);
+  using torch::stable::new_empty;
+  Tensor x_ = as_contiguous(x), mean_ = as_contiguous(mean), log_std_ = as_contiguous(log_std),
+         rows_ = as_contiguous(rows);
   Tensor score = new_empty(x, {num_rows}, wide), diversity = new_empty(x, {num_rows}, wide);
   Tensor fidelity = new_empty(x, {num_rows}, wide);
   Tensor grad_x = need_grad_x ? new_empty(x, {num_draws, num_rows, size}) : new_empty(x, {0});

@@ -100,9 +100,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp(const Tensor& x, const Tensor& norm
   const int64_t num_rows = x.size(0), hidden_size = x.size(1), intermediate_size = gate.size(0);
 
   Guard<Device> guard(x);
-  using torch::stable::contiguous, torch::stable::new_empty;
-  Tensor x_ = contiguous(x), norm_weight_ = contiguous(norm_weight);
-  Tensor gate_ = contiguous(gate), up_ = contiguous(up), down_ = contiguous(down);
+  using torch::stable::new_empty;
+  Tensor x_ = as_contiguous(x), norm_weight_ = as_contiguous(norm_weight);
+  Tensor gate_ = as_contiguous(gate), up_ = as_contiguous(up), down_ = as_contiguous(down);
   Tensor out = new_empty(x, {num_rows, hidden_size});
   auto product = [&] { return keep_products ? new_empty(gate, {num_rows, intermediate_size}) : new_empty(gate, {0}); };
   Tensor gate_product = product(), up_product = product();
@@ -153,11 +153,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_mlp_backward(
                   "gated_mlp_backward: gradients must be [R, H] and products [R, I]");
 
   Guard<Device> guard(x);
-  using torch::stable::contiguous, torch::stable::new_empty;
-  Tensor grad_out_ = contiguous(grad_out), grad_product_ = contiguous(grad_product);
-  Tensor x_ = contiguous(x), norm_weight_ = contiguous(norm_weight);
-  Tensor gate_ = contiguous(gate), up_ = contiguous(up), down_ = contiguous(down);
-  Tensor gate_product_ = contiguous(gate_product), up_product_ = contiguous(up_product);
+  using torch::stable::new_empty;
+  Tensor grad_out_ = as_contiguous(grad_out), grad_product_ = as_contiguous(grad_product);
+  Tensor x_ = as_contiguous(x), norm_weight_ = as_contiguous(norm_weight);
+  Tensor gate_ = as_contiguous(gate), up_ = as_contiguous(up), down_ = as_contiguous(down);
+  Tensor gate_product_ = as_contiguous(gate_product), up_product_ = as_contiguous(up_product);
   auto matrix = [&](int64_t rows, int64_t columns) {
     return need_grad_matrices ? new_empty(gate, {rows, columns}) : new_empty(gate, {0});
   };

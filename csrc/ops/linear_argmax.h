@@ -95,7 +95,7 @@ Tensor linear_argmax(const Tensor& hidden, const Tensor& weight, std::optional<T
   Guard<Device> guard(hidden);
   Tensor id = torch::stable::new_empty(hidden, {hidden.size(0)}, ScalarType::Long);
   if (hidden.size(0) > 0) {
-    find_argmax(guard.device(), torch::stable::contiguous(hidden), torch::stable::contiguous(weight), screen, id);
+    find_argmax(guard.device(), as_contiguous(hidden), as_contiguous(weight), screen, id);
   }
   return id;
 }
@@ -106,7 +106,7 @@ inline Tensor screen_vocabulary(const Tensor& weight) {
                   "screen_vocabulary: weight must be [V, H] with V > 0 and H up to 32768");
   STD_TORCH_CHECK(weight.scalar_type() != ScalarType::Double, "screen_vocabulary: weight must be no double");
   const Guard<Cpu> guard(weight);
-  const Tensor weight_ = torch::stable::contiguous(weight);
+  const Tensor weight_ = as_contiguous(weight);
   const PanelSizes sizes = panel_sizes(guard.device(), weight.size(0), weight.size(1));
   Tensor panels = torch::stable::new_empty(weight, {sizes.num_panels, sizes.panel_bytes}, ScalarType::Char);
   dispatch<Cpu>(weight.scalar_type(), "screen_vocabulary", [&](auto element) {

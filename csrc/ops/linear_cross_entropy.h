@@ -56,9 +56,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hi
                   "linear_cross_entropy: scale must be [R] in the accumulation type of hidden");
 
   Guard<Device> guard(hidden);
-  using torch::stable::contiguous, torch::stable::new_empty, torch::stable::fill_;
-  Tensor hidden_ = contiguous(hidden), weight_ = contiguous(weight), target_ = contiguous(target);
-  Tensor scale_ = scale ? contiguous(*scale) : new_empty(hidden, {0}, wide);
+  using torch::stable::new_empty, torch::stable::fill_;
+  Tensor hidden_ = as_contiguous(hidden), weight_ = as_contiguous(weight), target_ = as_contiguous(target);
+  Tensor scale_ = scale ? as_contiguous(*scale) : new_empty(hidden, {0}, wide);
   Tensor total = new_empty(hidden, std::vector<int64_t>{}, wide), loss = new_empty(hidden, {num_rows}, wide);
   auto gradient = [&](bool needed, int64_t rows) {
     return needed ? new_empty(hidden, {rows, size}, wide) : new_empty(hidden, {0}, wide);

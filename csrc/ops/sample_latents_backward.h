@@ -335,10 +335,10 @@ std::tuple<Tensor, std::vector<Tensor>> sample_latents_backward(const Tensor& gr
       "sample_latents_backward: expected grad_latents [S, R, L] and what sample_latents kept of these arguments");
 
   Guard<Device> guard(hidden);
-  using torch::stable::contiguous, torch::stable::new_empty;
-  Tensor grad_latents_ = contiguous(grad_latents), hidden_ = contiguous(hidden), seed_ = contiguous(seed);
-  Tensor rows_ = contiguous(rows), products_ = contiguous(products), stream_ = contiguous(stream);
-  Tensor contexts_ = contiguous(contexts), grad_hidden = new_empty(hidden, {num_rows, size});
+  using torch::stable::new_empty;
+  Tensor grad_latents_ = as_contiguous(grad_latents), hidden_ = as_contiguous(hidden), seed_ = as_contiguous(seed);
+  Tensor rows_ = as_contiguous(rows), products_ = as_contiguous(products), stream_ = as_contiguous(stream);
+  Tensor contexts_ = as_contiguous(contexts), grad_hidden = new_empty(hidden, {num_rows, size});
   std::vector<Tensor> grads;
   for (const Tensor& weight : head.tensors()) {
     if (need_grad_weights) grads.push_back(new_empty(weight, weight.sizes()));

@@ -49,7 +49,7 @@ T* output(const Tensor& tensor) {
 }
 
 // The stable ABI reaches contiguous and new_empty by their names, at a microsecond or two a call; these two ask
-// directly, for ops that take little longer themselves.
+// directly, for ops that have many tensors or take little longer themselves.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

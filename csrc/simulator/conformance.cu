@@ -16,18 +16,6 @@ constexpr int kWords = 4096, kThreads = 128, kBlocks = kWords / kThreads, kMany 
 
 __device__ __forceinline__ int word_of() { return blockIdx.x * kThreads + threadIdx.x; }
 
-__device__ __forceinline__ uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-__device__ __forceinline__ float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // One of 2^24 numbers from -1/2 on, whose sums depend on their order.
 __device__ __forceinline__ float fraction(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f - 0.5f; }
 

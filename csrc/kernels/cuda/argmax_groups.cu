@@ -20,28 +20,16 @@
 namespace calm_rt {
 namespace {
 
-constexpr int kSlice = 32;                   // columns of a stage
-constexpr int kPacks = kSlice / kEight;      // of a row's slice
-constexpr int kStages = 4;                   // 96 KB with 256 rows, which every device from sm_80 on has
-constexpr int kTile = 128;                   // entries
-constexpr int kBand = 64;                    // rows of a warp
-constexpr int kBlockTiles = 2;               // few, so that a block of the vocabulary fills the device; not yet tuned
-constexpr int kRowMatrices = kBand / 16;     // sums of a warp: 4 by 8 tiles of 16 by 8
-constexpr int kEntryMatrices = kGroup / 8;   //
+constexpr int kSlice = 32;                // columns of a stage
+constexpr int kPacks = kSlice / kEight;   // of a row's slice
+constexpr int kStages = 4;                // 96 KB with 256 rows, which every device from sm_80 on has
+constexpr int kTile = 128;                // entries
+constexpr int kBand = 64;                 // rows of a warp
+constexpr int kBlockTiles = 2;            // few, so that a block of the vocabulary fills the device; not yet tuned
+constexpr int kRowMatrices = kBand / 16;  // sums of a warp: 4 by 8 tiles of 16 by 8
+constexpr int kEntryMatrices = kGroup / 8;
 constexpr uint32_t kEntryBits = kGroup - 1;  // of a bound
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-__device__ __forceinline__ uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-__device__ __forceinline__ float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // The bound without the entry's number. What that takes from a positive bound, kRelative has given; 0 is 0 again.
 __device__ __forceinline__ float without_entry(float bound) { return float_of(bits_of(bound) & ~kEntryBits); }
