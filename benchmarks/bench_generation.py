@@ -99,11 +99,9 @@ class PlantedCalm(Calm):
     @torch.no_grad()
     def select_officially(self) -> Tensor:
         """What is timed as `official`."""
-        weights = self.generative_head.weights()
-        official.sample_latents(self.hidden(), weights, num_samples=CANDIDATES)
-        tokens = official.decode(
-            next(self.turns["official"]), self.ae_model.decoder.weights()
-        )  # [S, K]
+        head, decoder = self.generative_head.weights(), self.ae_model.decoder.weights()
+        official.sample_latents(self.hidden(), head, num_samples=CANDIDATES)
+        tokens = official.decode(next(self.turns["official"]), decoder)  # [S, K]
         return official.select_patch(tokens[None], n=2)
 
     def hidden(self) -> Tensor:

@@ -13,9 +13,8 @@ from calm_rt.nn import Autoencoder, Calm
 from calm_rt.ops.check import check
 from calm_rt.reference import Stream
 
-MASK_ID = (
-    0  # of a masked token, as in the official code; in our vocabularies the unused unknown token
-)
+# of a masked token, as in the official code; in our vocabularies the unused unknown token
+MASK_ID = 0
 PRECISIONS = ("fp32", "bf16")
 
 

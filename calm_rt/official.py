@@ -44,9 +44,8 @@ def energy_score(
     among = torch.norm(x[:, None] - x[None], p=2, dim=-1).pow(beta).sum((0, 1)) / (
         draws * (draws - 1)
     )
-    toward = (
-        torch.norm(x[:, None] - targets[None], p=2, dim=-1).pow(beta).mean((0, 1))
-    )  # of [S, M, R, L]
+    distances = torch.norm(x[:, None] - targets[None], p=2, dim=-1)  # of [S, M, R, L]
+    toward = distances.pow(beta).mean((0, 1))
     return among - 2 * toward
 
 

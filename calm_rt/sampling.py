@@ -26,10 +26,8 @@ POOL_BYTES = 1 << 28  # of draws that are held at once
 # Pools whose search of the vocabulary takes fewer multiplications are decoded whole: deciding what
 # can be spared takes longer, 2 ms where 200 draws of 2 tokens from 1,024 take 1.
 WHOLE_SEARCH = 1 << 30
-SNAP = (
-    2.0**-20
-)  # 1 / T this close (relative) to an integer is that integer: covers T rounded to float32
-
+# 1 / T this close (relative) to an integer is that integer: covers T rounded to float32
+SNAP = 2.0**-20
 
 METHODS = ("pool", "exact")
 

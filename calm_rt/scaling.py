@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from calm_rt import _native, inputs
+from calm_rt import inputs
 from calm_rt.benchmark import compete, contender, make_arguments
 from calm_rt.testing import Case
 from calm_rt.threads import restored_threads
@@ -177,12 +177,8 @@ def measure_sweep(sweep: Sweep, device: str) -> Iterator[dict[str, Any]]:
 
 
 def measure_sweeps(op_names: Sequence[str] | None, device: str) -> Iterator[list[dict[str, Any]]]:
-    """The points of each sweep of these ops, or of all ops that have a kernel."""
-    chosen = [
-        sweep
-        for sweep in SWEEPS
-        if sweep.op not in _native.REFERENCE_ONLY and (op_names is None or sweep.op in op_names)
-    ]
+    """The points of each sweep of these ops, or of all."""
+    chosen = [sweep for sweep in SWEEPS if op_names is None or sweep.op in op_names]
     bar = tqdm(chosen, unit="sweep", leave=False, disable=None)
     for sweep in bar:
         bar.set_postfix_str(f"{sweep.op} {sweep.axis}")

@@ -26,9 +26,7 @@ class TrainingConfig:
     """How to train. Defaults suit a small model; sizes count the whole step over all processes."""
 
     steps: int = 1000
-    minutes: float | None = (
-        None  # ends the run earlier; the schedule then follows the share of time used
-    )
+    minutes: float | None = None  # ends the run; the schedule then follows the share of time used
     batch_size: int = 16  # blocks a step
     block_size: int = 512  # tokens a block
     accumulation: int = 1  # parts in which a process computes its share of the batch
@@ -47,9 +45,7 @@ class TrainingConfig:
     evaluate_every: int = 200
     save_every: int = 500
     evaluation_blocks: int = 16  # held-out blocks in an evaluation
-    target_accuracy: float | None = (
-        None  # of the autoencoder on held-out tokens; ends the run when reached
-    )
+    target_accuracy: float | None = None  # on held-out tokens; ends an autoencoder's run
 
     def __post_init__(self) -> None:
         for name in (

@@ -97,9 +97,8 @@ class TrainingState:
     seconds: float = 0.0  # of training, over all interruptions
     precision: str | None = None  # decided at the first start, kept by every resume
     training: dict[str, Any] = dataclasses.field(default_factory=dict)  # the TrainingConfig
-    data: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # what tells the shards from others
+    # what tells the shards from others
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Writes parameters, moments and this state as one file, whole or not at all."""

@@ -176,12 +176,8 @@ def encode_magnitudes(arguments: dict[str, Any]) -> list[Tensor]:
     return list(terms.detach().chunk(2, -1))
 
 
-CHAINS = (
-    "gated_mlp",
-    "encode",
-    "decode",
-    "sample_latents",
-)  # of products, rounded to the inputs' type in between
+# of products, rounded to the inputs' type in between
+CHAINS = ("gated_mlp", "encode", "decode", "sample_latents")
 MAGNITUDES = {"gated_mlp": gated_mlp_magnitudes, "encode": encode_magnitudes}
 
 

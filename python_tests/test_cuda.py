@@ -5,10 +5,11 @@ The laws of test_ops.py run on the GPU as well where there is one.
 
 import pytest
 import torch
-from test_ops import NATIVE_CASES, native, run
+from test_ops import all_cases, run
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+import calm_rt
 from calm_rt import ops
 from calm_rt.reference import Stream
 from calm_rt.testing import Case
@@ -18,8 +19,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 RUNS = 50
 DELAY_CYCLES = 50_000_000  # tens of milliseconds: far longer than it takes to issue an op
 BEYOND_INT = 2**31
-
-native_cases = pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
 
 
 def tensors_of(arguments: dict) -> list[Tensor]:
@@ -47,12 +46,12 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@native_cases
+@all_cases
 def test_cuda_stream_is_the_current_one(case: Case) -> None:
     """On a stream whose arguments arrive late, an op on any other stream would see zeros."""
     arguments = case.make(device="cuda")
     late = blank_copy(case, arguments)
-    with native(case):
+    with calm_rt.backend("native"):
         expected = run(case, arguments)
         torch.cuda.synchronize()
         side = torch.cuda.Stream()
@@ -64,12 +63,12 @@ def test_cuda_stream_is_the_current_one(case: Case) -> None:
     assert_equal(actual, expected)
 
 
-@native_cases
+@all_cases
 def test_cuda_graph_replays_on_new_arguments(case: Case) -> None:
     """A capture fails on any synchronisation; a replay must not remember the captured values."""
     arguments = case.make(device="cuda")
     held = blank_copy(case, arguments)
-    with native(case):
+    with calm_rt.backend("native"):
         expected = run(case, arguments)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -89,9 +88,9 @@ def test_cuda_graph_replays_on_new_arguments(case: Case) -> None:
             assert_equal(outputs, expected)
 
 
-@native_cases
+@all_cases
 def test_cuda_gives_the_same_bits_in_50_runs(case: Case) -> None:
-    with native(case):
+    with calm_rt.backend("native"):
         arguments = case.make(device="cuda")
         first = run(case, arguments)
         for _ in range(RUNS - 1):

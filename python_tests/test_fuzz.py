@@ -18,12 +18,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import calm_rt
-from calm_rt import _native, ops
+from calm_rt import ops
 from calm_rt.ops import check
 from calm_rt.testing import CASES, Case
 from calm_rt.threads import restored_threads
-
-KERNEL_OPS = [op for op in ops.__all__ if op not in _native.REFERENCE_ONLY]
 
 # `make test` tries the same examples every time, `make fuzz` others
 fixed = settings.get_current_profile_name() != "fuzz"
@@ -209,12 +207,12 @@ def check_ids(case: Case, trial: Trial, exact: dict, ids: Tensor, chosen: Tensor
         assert missed(ids).max() <= allowed
 
 
-@pytest.mark.parametrize("op", KERNEL_OPS)
+@pytest.mark.parametrize("op", ops.__all__)
 def test_every_kernel_is_fuzzed(op: str) -> None:
     assert op in MAKERS
 
 
-@pytest.mark.parametrize("op", KERNEL_OPS)
+@pytest.mark.parametrize("op", ops.__all__)
 @given(data=st.data())
 @fuzz
 def test_laws_on_drawn_arguments(op: str, data: st.DataObject) -> None:

@@ -18,7 +18,6 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
 ]
-KERNEL_OPS = [op for op in ops.__all__ if op not in _native.REFERENCE_ONLY]
 COMPOSED = ("decode",)  # of the kernels of other ops alone
 needs_checkout = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not in a checkout")
 
@@ -38,8 +37,8 @@ def test_every_op_has_reference_case_and_docs(op: str) -> None:
 
 
 @needs_checkout
-@pytest.mark.parametrize("op", KERNEL_OPS)
-def test_every_kernel_op_has_its_files(op: str) -> None:
+@pytest.mark.parametrize("op", ops.__all__)
+def test_every_op_has_its_files(op: str) -> None:
     kernels = [f"kernels/{op}.h", f"kernels/cpu/{op}.cpp", f"kernels/cuda/{op}.cu"]
     if op in COMPOSED:
         assert not any((ROOT / "csrc" / path).exists() for path in kernels)
@@ -53,8 +52,8 @@ def test_every_kernel_op_has_its_files(op: str) -> None:
     assert f"def {op}(" in (ROOT / "calm_rt/official.py").read_text(), f"{op}: no official formula"
 
 
-@pytest.mark.parametrize("op", KERNEL_OPS)
-def test_every_kernel_op_is_registered_with_its_fake(op: str) -> None:
+@pytest.mark.parametrize("op", ops.__all__)
+def test_every_op_is_registered_with_its_fake(op: str) -> None:
     assert _native.loaded(), _native.load_error()
     name = f"calm_rt::{op}"
     for key in ("CPU", "CompositeExplicitAutograd"):
@@ -63,15 +62,6 @@ def test_every_kernel_op_is_registered_with_its_fake(op: str) -> None:
     else:
         pytest.fail(f"{op}: no CPU kernel is registered")
     assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
-
-
-@needs_checkout
-def test_reference_only_ops_have_no_kernel_files() -> None:
-    for op in _native.REFERENCE_ONLY:
-        assert op in ops.__all__
-        assert not (ROOT / "csrc/kernels" / f"{op}.h").exists(), (
-            f"{op} has a kernel: drop it from REFERENCE_ONLY"
-        )
 
 
 @needs_checkout

@@ -3,7 +3,6 @@
 Ops without a kernel run the reference; the laws that compare the two leave them out.
 """
 
-import contextlib
 import inspect
 
 import pytest
@@ -14,15 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import calm_rt
-from calm_rt import _native, ops, testing
+from calm_rt import ops, testing
 from calm_rt.testing import CASES, Case
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LAW_CASES = [case for case in CASES if not case.benchmark]
-NATIVE_CASES = [case for case in LAW_CASES if case.op not in _native.REFERENCE_ONLY]
 
 all_cases = pytest.mark.parametrize("case", LAW_CASES, ids=str)
-native_cases = pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
 all_devices = pytest.mark.parametrize("device", DEVICES)
 
 
@@ -33,18 +30,13 @@ def kernel_dtypes(case: Case, device: str) -> tuple[torch.dtype, ...]:
 def native_runs() -> list:
     """(case, device, dtype) for every kernel."""
     runs = []
-    for case in NATIVE_CASES:
+    for case in LAW_CASES:
         for device in DEVICES:
             dtypes = kernel_dtypes(case, device)
             runs += [
                 pytest.param(case, device, dtype, id=f"{case}-{device}-{dtype}") for dtype in dtypes
             ]
     return runs
-
-
-def native(case: Case) -> contextlib.AbstractContextManager:
-    """No silent fallback, wherever the op has a kernel."""
-    return calm_rt.backend("auto" if case.op in _native.REFERENCE_ONLY else "native")
 
 
 def run(case: Case, arguments: dict) -> list[Tensor]:
@@ -149,7 +141,7 @@ def test_gradcheck(case: Case) -> None:
 
         return first(getattr(ops, case.op)(**tree_map(replaced, arguments)))
 
-    with native(case):
+    with calm_rt.backend("native"):
         # fast mode: a random projection of the Jacobian instead of every column
         assert torch.autograd.gradcheck(first_output, leaves, fast_mode=True)
 
@@ -167,7 +159,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@native_cases
+@all_cases
 @all_devices
 def test_opcheck(case: Case, device: str) -> None:
     with calm_rt.backend("native"), _Recorder() as recorder:
@@ -190,7 +182,7 @@ def _offset(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("view", [_transposed, _sliced, _offset])
-@native_cases
+@all_cases
 @all_devices
 def test_views_equal_contiguous(case: Case, device: str, view) -> None:
     def changed(value):
@@ -198,13 +190,13 @@ def test_views_equal_contiguous(case: Case, device: str, view) -> None:
             return value
         return view(value.detach()).requires_grad_(value.requires_grad)
 
-    with native(case):
+    with calm_rt.backend("native"):
         expected = run(case, case.make(device=device))
         actual = run(case, tree_map(changed, case.make(device=device)))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@native_cases
+@all_cases
 @all_devices
 def test_expanded_rows_equal_contiguous(case: Case, device: str) -> None:
     expanded, copied = case.make(device=device), case.make(device=device)
@@ -214,7 +206,7 @@ def test_expanded_rows_equal_contiguous(case: Case, device: str) -> None:
             expanded[name].requires_grad
         )
         copied[name] = expanded[name].detach().clone().requires_grad_(expanded[name].requires_grad)
-    with native(case):
+    with calm_rt.backend("native"):
         actual, expected = run(case, expanded), run(case, copied)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
@@ -225,7 +217,7 @@ def test_compiles_into_one_graph_for_all_seeds(case: Case, device: str) -> None:
     torch._dynamo.reset()
     compiles = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(getattr(ops, case.op), fullgraph=True, backend=compiles)
-    with native(case):
+    with calm_rt.backend("native"):
         for seed in (3, 4):
             arguments = case.make(device=device)
             if "seed" in arguments:
@@ -249,12 +241,12 @@ def first(output):
 @all_cases
 @all_devices
 def test_two_runs_are_bitwise_equal(case: Case, device: str) -> None:
-    with native(case):
+    with calm_rt.backend("native"):
         runs = [run(case, case.make(device=device)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@native_cases
+@all_cases
 def test_thread_count_does_not_change_bits(case: Case) -> None:
     threads = torch.get_num_threads()
     try:
@@ -307,7 +299,7 @@ def test_zero_rows(case: Case, device: str) -> None:
         arguments[name] = value.detach().narrow(dim, 0, 0).requires_grad_(value.requires_grad)
     if arguments.get("target") is not None:
         arguments["reduction"] = "sum"  # the mean over nothing is NaN, as in torch
-    with native(case):
+    with calm_rt.backend("native"):
         assert all(
             not torch.isnan(output).any()
             for output in run(case, arguments)

@@ -38,7 +38,7 @@ def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Te
         hidden = decode_hidden(latents, weights, eps=eps)  # [R, K, H]
         ids = linear_argmax(hidden.flatten(0, 1), weights.vocabulary, weights.screen)
         return ids.view(hidden.shape[:2])
-    return torch.ops.calm_rt.decode(latents, *_flat(weights), eps)
+    return _native.call("decode", latents, *_flat(weights), eps)
 
 
 def decode_hidden(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Tensor:

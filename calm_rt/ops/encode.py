@@ -54,7 +54,7 @@ def encode(
     elif trained or torch.is_autocast_enabled(ids.device.type):
         mean, log_std = _encode_distinct(ids, weights, eps)
     else:
-        return torch.ops.calm_rt.encode(ids, *_flat(weights), eps)
+        return _native.call("encode", ids, *_flat(weights), eps)
     return mean.contiguous(), log_std.contiguous()
 
 

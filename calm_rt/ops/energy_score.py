@@ -63,8 +63,17 @@ def energy_score(
             grad and x.requires_grad,
             grad and (mean.requires_grad or log_std.requires_grad),
         )
-        outputs = torch.ops.calm_rt.energy_score(
-            x, mean, log_std, seed, rows, num_targets, beta, need_grad_x, need_grad_target
+        outputs = _native.call(
+            "energy_score",
+            x,
+            mean,
+            log_std,
+            seed,
+            rows,
+            num_targets,
+            beta,
+            need_grad_x,
+            need_grad_target,
         )
         result = reference.EnergyScore(*outputs[:3])
     else:

@@ -51,7 +51,8 @@ def gated_mlp(
     wide = x if x.dtype == dtype else x.float()
     leaves = (x, norm_weight, gate, up, down)
     keep_products = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    out, _, _ = torch.ops.calm_rt.gated_mlp(
+    out, _, _ = _native.call(
+        "gated_mlp",
         wide.reshape(-1, hidden_size),
         norm_weight.to(torch.promote_types(wide.dtype, torch.float32)),
         gate.to(dtype),
@@ -113,7 +114,8 @@ def _backward(ctx, grad_out, *_):
     if grad_out is None:
         return (None,) * 7
     gate = ctx.saved_tensors[2]
-    gradients = torch.ops.calm_rt.gated_mlp_backward(
+    gradients = _native.call(
+        "gated_mlp_backward",
         grad_out,
         grad_out.to(gate.dtype),
         *ctx.saved_tensors,

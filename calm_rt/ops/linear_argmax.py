@@ -40,7 +40,7 @@ def linear_argmax(hidden: Tensor, weight: Tensor, screen: Tensor | None = None) 
     hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
     if not _native.use_native("linear_argmax", hidden, dtype, DTYPES):
         return reference.linear_argmax(hidden, weight)
-    return torch.ops.calm_rt.linear_argmax(hidden, weight, usable_screen(screen, dtype))
+    return _native.call("linear_argmax", hidden, weight, usable_screen(screen, dtype))
 
 
 def screen_vocabulary(weight: Tensor) -> Tensor | None:
@@ -61,7 +61,7 @@ def screen_vocabulary(weight: Tensor) -> Tensor | None:
     taken = weight.device.type == "cpu" and weight.dtype in SCREENED and weight.shape[1] <= LONGEST
     if not taken or not _native.use_native("linear_argmax", weight, weight.dtype, DTYPES):
         return None
-    return torch.ops.calm_rt.screen_vocabulary(weight.detach())
+    return _native.call("screen_vocabulary", weight.detach())
 
 
 def check_screen(name: str, screen: Tensor) -> None:

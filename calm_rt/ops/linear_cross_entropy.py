@@ -85,7 +85,8 @@ def linear_cross_entropy(
     # Rows that all count the same have their gradient ready before anything comes back. For a few
     # of them, it is cheaper to compute the logits twice than to scale a gradient of the weight.
     ready = torch.is_grad_enabled() and reduction != "none" and hidden.shape[0] > FEW_ROWS
-    total, loss, _, _ = torch.ops.calm_rt.linear_cross_entropy(
+    total, loss, _, _ = _native.call(
+        "linear_cross_entropy",
         hidden,
         weight,
         target,
@@ -157,8 +158,8 @@ def _backward(ctx, grad_total, grad_loss, *_):
             for saved, need in zip(ctx.saved_tensors, needs, strict=True)
         ]
     elif not ctx.ready and grad_loss is not None:
-        outputs = torch.ops.calm_rt.linear_cross_entropy(
-            *ctx.saved_tensors, grad_loss, *ctx.options, *needs
+        outputs = _native.call(
+            "linear_cross_entropy", *ctx.saved_tensors, grad_loss, *ctx.options, *needs
         )
         gradients = [
             wide.to(ctx.dtype) if need else None

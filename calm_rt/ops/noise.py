@@ -42,7 +42,7 @@ def noise(
     if not _native.use_native("noise", rows, wide, DTYPES):
         return reference.noise(seed, rows, num_draws, length, stream, distribution, dtype)
     normal = distribution == "normal"
-    values = torch.ops.calm_rt.noise(seed, rows, num_draws, length, int(stream), normal, wide)
+    values = _native.call("noise", seed, rows, num_draws, length, int(stream), normal, wide)
     return values if wide == dtype else values.to(dtype)
 
 

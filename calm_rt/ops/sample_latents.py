@@ -54,16 +54,14 @@ def sample_latents(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     else:
-        for weight, bias in _pairs(weights):
-            same = weight.ndim == 1 or weight.dtype == bias.dtype == dtype  # a norm, or a map
-            check(same, "weights", f"maps of hidden's {dtype}", (weight.dtype, bias.dtype))
+        maps = [pair for pair in _pairs(weights) if pair.weight.ndim == 2]  # others are norms
+        types = {part.dtype for pair in maps for part in pair}
+        check(types == {dtype}, "weights", f"maps of hidden's {dtype}", types)
     if not _native.use_native("sample_latents", hidden, dtype, DTYPES):
         return reference.sample_latents(hidden, weights, num_samples, seed, rows)
     hidden, flat = hidden.to(dtype), _flat(weights, dtype)
     keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (hidden, *flat))
-    return torch.ops.calm_rt.sample_latents(hidden, flat, seed, rows, num_samples, HEAD_EPS, keep)[
-        0
-    ]
+    return _native.call("sample_latents", hidden, flat, seed, rows, num_samples, HEAD_EPS, keep)[0]
 
 
 def _pairs(weights: HeadWeights) -> list[LinearWeights]:
@@ -116,7 +114,8 @@ def _backward(ctx, grad_latents, *_):
     grad_hidden, grad_weights = None, None
     if grad_latents is not None:
         need_grad_weights = any(ctx.needs_input_grad[1])
-        grad_hidden, grad_weights = torch.ops.calm_rt.sample_latents_backward(
+        grad_hidden, grad_weights = _native.call(
+            "sample_latents_backward",
             grad_latents,
             hidden,
             weights,

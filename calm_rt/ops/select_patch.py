@@ -35,7 +35,7 @@ def select_patch(
     seed, rows = seed_and_rows(seed, rows, num_rows, tokens.device)
     if not _native.use_native("select_patch", tokens, torch.int64, DTYPES):
         return reference.select_patch(tokens, n, seed, rows)
-    return torch.ops.calm_rt.select_patch(tokens, seed, rows, n)
+    return _native.call("select_patch", tokens, seed, rows, n)
 
 
 def _fake(tokens, seed, rows, n):

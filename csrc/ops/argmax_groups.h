@@ -13,7 +13,6 @@ constexpr int64_t kGroupedBlock = 32768, kGroupedRows = 16384;
 
 // hidden [R, H], weight [V, H], contiguous -> id [R], and whether the operands were such that this could be done
 inline bool find_argmax_by_groups(Cuda device, const Tensor& hidden, const Tensor& weight, const Tensor& id) {
-  using torch::stable::new_empty;
   const int64_t num_rows = hidden.size(0), vocabulary = weight.size(0), size = hidden.size(1);
   const bool same = hidden.scalar_type() == ScalarType::BFloat16;
   // new tensors begin at whole packs
@@ -25,12 +24,12 @@ inline bool find_argmax_by_groups(Cuda device, const Tensor& hidden, const Tenso
   const int64_t block = std::min(vocabulary, num_groups(each) * kGroup);
   const int64_t tile = std::min(num_rows, kGroupedRows), groups = num_groups(block);
   torch::stable::fill_(id, -1);
-  Tensor best = new_empty(hidden, {num_rows}, ScalarType::Double);
-  Tensor hidden_norm = new_empty(hidden, {num_rows}, ScalarType::Float);
-  Tensor weight_norm = new_empty(hidden, {block}, ScalarType::Float);
-  Tensor rounded_hidden = same ? hidden : new_empty(hidden, {num_rows, size}, ScalarType::BFloat16);
-  Tensor rounded_weight = new_empty(hidden, {same ? 0 : block, size}, ScalarType::BFloat16);
-  Tensor bounds = new_empty(hidden, {tile, groups, 2}, ScalarType::Float);
+  Tensor best = allocate(hidden, {num_rows}, ScalarType::Double);
+  Tensor hidden_norm = allocate(hidden, {num_rows}, ScalarType::Float);
+  Tensor weight_norm = allocate(hidden, {block}, ScalarType::Float);
+  Tensor rounded_hidden = same ? hidden : allocate(hidden, {num_rows, size}, ScalarType::BFloat16);
+  Tensor rounded_weight = allocate(hidden, {same ? 0 : block, size}, ScalarType::BFloat16);
+  Tensor bounds = allocate(hidden, {tile, groups, 2}, ScalarType::Float);
   auto* group_bounds = reinterpret_cast<GroupBound*>(output<float>(bounds));
   dispatch<Cuda>(hidden.scalar_type(), "linear_argmax", [&](auto element) {
     using T = decltype(element);

@@ -25,16 +25,15 @@ Tensor decode(const Tensor& latents, const Tensor& latent, const Tensor& latent_
       "decode: latent must be [H, L], expand [K H, H], of latents' dtype, norm [H] of its accumulation type");
 
   Guard<Device> guard(latents);
-  using torch::stable::new_empty;
   Tensor latents_ = as_contiguous(latents), latent_ = as_contiguous(latent), latent_bias_ = as_contiguous(latent_bias);
   Tensor expand_ = as_contiguous(expand), expand_bias_ = as_contiguous(expand_bias), norm_ = as_contiguous(norm);
   const MlpLayers patch_mlps(patch_layers, type, size, "decode"), token_mlps(token_layers, type, size, "decode");
-  Tensor hidden = new_empty(latents, {num_rows * patch, size});
+  Tensor hidden = allocate(latents, {num_rows * patch, size});
 
   const int64_t tile = patches_per_task<Device>(num_rows);
   const int64_t hidden_size = aligned(tile * size);
   const int64_t scratch_size = hidden_size + std::max(patch_mlps.scratch(tile), token_mlps.scratch(tile * patch));
-  Tensor scratch = new_empty(latents, {num_workers<Device>() * scratch_size});
+  Tensor scratch = allocate(latents, {num_workers<Device>() * scratch_size});
   dispatch<Device>(type, "decode", [&](auto element) {
     using T = decltype(element);
     each_task<Device>(

@@ -37,19 +37,18 @@ std::tuple<Tensor, Tensor> encode(const Tensor& ids, const Tensor& tables, std::
       "encode: norm must be [H] in the accumulation type, latent [2 L, H] and latent_bias [2 L] of tables' dtype");
 
   Guard<Device> guard(ids);
-  using torch::stable::new_empty;
   Tensor ids_ = as_contiguous(ids), tables_ = as_contiguous(tables), norm_ = as_contiguous(norm);
   Tensor latent_ = as_contiguous(latent), latent_bias_ = as_contiguous(latent_bias);
   Tensor squeeze_ = folded ? tables_ : as_contiguous(*squeeze),
          squeeze_bias_ = folded ? norm_ : as_contiguous(*squeeze_bias);
   const MlpLayers token_mlps(token_layers, type, size, "encode"), patch_mlps(patch_layers, type, size, "encode");
-  Tensor mean = new_empty(tables, {num_rows, latent_size}), log_std = new_empty(tables, {num_rows, latent_size});
+  Tensor mean = allocate(tables, {num_rows, latent_size}), log_std = allocate(tables, {num_rows, latent_size});
 
   const int64_t tile = patches_per_task<Device>(num_rows), tokens = folded ? 0 : tile * patch;
   const int64_t hidden_size = aligned(tile * size), token_hidden_size = aligned(tokens * size);
   const int64_t mlp_scratch = std::max(token_mlps.scratch(tokens), patch_mlps.scratch(tile));
   const int64_t scratch_size = hidden_size + token_hidden_size + mlp_scratch;
-  Tensor scratch = new_empty(tables, {num_workers<Device>() * scratch_size});
+  Tensor scratch = allocate(tables, {num_workers<Device>() * scratch_size});
   dispatch<Device>(type, "encode", [&](auto element) {
     using T = decltype(element);
     const Matrix<T> mean_weight{input<T>(latent_), latent_size, size};

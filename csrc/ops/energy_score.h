@@ -28,14 +28,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> energy_score(const Te
   STD_TORCH_CHECK(num_targets >= 1, "energy_score: num_targets must be at least 1");
 
   Guard<Device> guard(x);
-  using torch::stable::new_empty;
   Tensor x_ = as_contiguous(x), mean_ = as_contiguous(mean), log_std_ = as_contiguous(log_std),
          rows_ = as_contiguous(rows);
-  Tensor score = new_empty(x, {num_rows}, wide), diversity = new_empty(x, {num_rows}, wide);
-  Tensor fidelity = new_empty(x, {num_rows}, wide);
-  Tensor grad_x = need_grad_x ? new_empty(x, {num_draws, num_rows, size}) : new_empty(x, {0});
-  Tensor grad_mean = need_grad_target ? new_empty(mean, {num_rows, size}) : new_empty(mean, {0});
-  Tensor grad_log_std = need_grad_target ? new_empty(mean, {num_rows, size}) : new_empty(mean, {0});
+  Tensor score = allocate(x, {num_rows}, wide), diversity = allocate(x, {num_rows}, wide);
+  Tensor fidelity = allocate(x, {num_rows}, wide);
+  Tensor grad_x = need_grad_x ? allocate(x, {num_draws, num_rows, size}) : allocate(x, {0});
+  Tensor grad_mean = need_grad_target ? allocate(mean, {num_rows, size}) : allocate(mean, {0});
+  Tensor grad_log_std = need_grad_target ? allocate(mean, {num_rows, size}) : allocate(mean, {0});
 
   dispatch<Device>(x.scalar_type(), "energy_score", [&](auto element) {
     using T = decltype(element);

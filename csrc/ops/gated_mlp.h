@@ -100,15 +100,14 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp(const Tensor& x, const Tensor& norm
   const int64_t num_rows = x.size(0), hidden_size = x.size(1), intermediate_size = gate.size(0);
 
   Guard<Device> guard(x);
-  using torch::stable::new_empty;
   Tensor x_ = as_contiguous(x), norm_weight_ = as_contiguous(norm_weight);
   Tensor gate_ = as_contiguous(gate), up_ = as_contiguous(up), down_ = as_contiguous(down);
-  Tensor out = new_empty(x, {num_rows, hidden_size});
-  auto product = [&] { return keep_products ? new_empty(gate, {num_rows, intermediate_size}) : new_empty(gate, {0}); };
+  Tensor out = allocate(x, {num_rows, hidden_size});
+  auto product = [&] { return keep_products ? allocate(gate, {num_rows, intermediate_size}) : allocate(gate, {0}); };
   Tensor gate_product = product(), up_product = product();
   const int64_t tile = gated_mlp_tile<Device>(num_rows, intermediate_size, gate.element_size());
   const int64_t scratch_size = gated_mlp_scratch(tile, hidden_size, intermediate_size);
-  Tensor scratch = new_empty(gate, {num_workers<Device>() * scratch_size});
+  Tensor scratch = allocate(gate, {num_workers<Device>() * scratch_size});
   if (num_rows == 0) return {out, gate_product, up_product};
 
   dispatch_mixed<Device>(x.scalar_type(), gate.scalar_type(), "gated_mlp", [&](auto x_element, auto element) {
@@ -153,30 +152,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_mlp_backward(
                   "gated_mlp_backward: gradients must be [R, H] and products [R, I]");
 
   Guard<Device> guard(x);
-  using torch::stable::new_empty;
   Tensor grad_out_ = as_contiguous(grad_out), grad_product_ = as_contiguous(grad_product);
   Tensor x_ = as_contiguous(x), norm_weight_ = as_contiguous(norm_weight);
   Tensor gate_ = as_contiguous(gate), up_ = as_contiguous(up), down_ = as_contiguous(down);
   Tensor gate_product_ = as_contiguous(gate_product), up_product_ = as_contiguous(up_product);
   auto matrix = [&](int64_t rows, int64_t columns) {
-    return need_grad_matrices ? new_empty(gate, {rows, columns}) : new_empty(gate, {0});
+    return need_grad_matrices ? allocate(gate, {rows, columns}) : allocate(gate, {0});
   };
-  Tensor grad_x = new_empty(x, {num_rows, hidden_size}), grad_norm_weight = new_empty(norm_weight, {hidden_size});
+  Tensor grad_x = allocate(x, {num_rows, hidden_size}), grad_norm_weight = allocate(norm_weight, {hidden_size});
   Tensor grad_gate = matrix(intermediate_size, hidden_size), grad_up = matrix(intermediate_size, hidden_size);
   Tensor grad_down = matrix(hidden_size, intermediate_size);
 
   const int64_t tile = gated_mlp_tile<Device>(num_rows, intermediate_size, gate.element_size());
   const int64_t num_tiles = tile == 0 ? 0 : (num_rows + tile - 1) / tile;
   const int64_t partials_of_tile = (tile + kPartialRows - 1) / kPartialRows;
-  Tensor partial = new_empty(norm_weight, {num_tiles * partials_of_tile, hidden_size});
+  Tensor partial = allocate(norm_weight, {num_tiles * partials_of_tile, hidden_size});
   torch::stable::fill_(partial, 0);
   // What the gradients of the matrices take of all rows: the normalised input, silu(gate n) * up n, and the gradients
   // of gate n and up n.
-  Tensor normal = new_empty(gate, {num_rows, hidden_size}), gated = new_empty(gate, {num_rows, intermediate_size});
-  Tensor grad_gate_product = new_empty(gate, {num_rows, intermediate_size});
-  Tensor grad_up_product = new_empty(gate, {num_rows, intermediate_size});
+  Tensor normal = allocate(gate, {num_rows, hidden_size}), gated = allocate(gate, {num_rows, intermediate_size});
+  Tensor grad_gate_product = allocate(gate, {num_rows, intermediate_size});
+  Tensor grad_up_product = allocate(gate, {num_rows, intermediate_size});
   const int64_t scratch_size = aligned(tile * hidden_size);
-  Tensor scratch = new_empty(gate, {num_workers<Device>() * 2 * scratch_size});
+  Tensor scratch = allocate(gate, {num_workers<Device>() * 2 * scratch_size});
 
   dispatch_mixed<Device>(x.scalar_type(), type, "gated_mlp_backward", [&](auto x_element, auto element) {
     using X = decltype(x_element);

@@ -37,7 +37,6 @@ inline void find_argmax(Cuda device, const Tensor& hidden, const Tensor& weight,
                         const Tensor& id) {
   STD_TORCH_CHECK(!screen, "linear_argmax: on a GPU there is no screen");
   if (find_argmax_by_groups(device, hidden, weight, id)) return;
-  using torch::stable::new_empty;
   using S = bfloat16;  // the type that the library multiplies fastest
   const int64_t num_rows = hidden.size(0), vocabulary = weight.size(0), size = hidden.size(1);
   const ScalarType rounded = ScalarType::BFloat16;
@@ -48,12 +47,12 @@ inline void find_argmax(Cuda device, const Tensor& hidden, const Tensor& weight,
   const int64_t block = num_blocks == 1 ? vocabulary : (vocabulary + 64 * num_blocks - 1) / (64 * num_blocks) * 64;
   const int64_t tile = std::min(num_rows, kTileRows);
   torch::stable::fill_(id, -1);
-  Tensor best = new_empty(hidden, {num_rows}, ScalarType::Double);
-  Tensor hidden_norm = new_empty(hidden, {num_rows}, ScalarType::Float);
-  Tensor weight_norm = new_empty(hidden, {block}, ScalarType::Float);
-  Tensor rounded_hidden = same ? hidden : new_empty(hidden, {num_rows, size}, rounded);
-  Tensor rounded_weight = new_empty(hidden, {same ? 0 : block, size}, rounded);
-  Tensor scores = new_empty(hidden, {tile * block}, rounded);
+  Tensor best = allocate(hidden, {num_rows}, ScalarType::Double);
+  Tensor hidden_norm = allocate(hidden, {num_rows}, ScalarType::Float);
+  Tensor weight_norm = allocate(hidden, {block}, ScalarType::Float);
+  Tensor rounded_hidden = same ? hidden : allocate(hidden, {num_rows, size}, rounded);
+  Tensor rounded_weight = allocate(hidden, {same ? 0 : block, size}, rounded);
+  Tensor scores = allocate(hidden, {tile * block}, rounded);
   dispatch<Cuda>(hidden.scalar_type(), "linear_argmax", [&](auto element) {
     using T = decltype(element);
     const T* weights = input<T>(weight);
@@ -93,7 +92,7 @@ Tensor linear_argmax(const Tensor& hidden, const Tensor& weight, std::optional<T
                   "linear_argmax: hidden must be [R, H] and weight [V, H] with V > 0");
   STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "linear_argmax: hidden and weight must have one dtype");
   Guard<Device> guard(hidden);
-  Tensor id = torch::stable::new_empty(hidden, {hidden.size(0)}, ScalarType::Long);
+  Tensor id = allocate(hidden, {hidden.size(0)}, ScalarType::Long);
   if (hidden.size(0) > 0) {
     find_argmax(guard.device(), as_contiguous(hidden), as_contiguous(weight), screen, id);
   }
@@ -108,7 +107,7 @@ inline Tensor screen_vocabulary(const Tensor& weight) {
   const Guard<Cpu> guard(weight);
   const Tensor weight_ = as_contiguous(weight);
   const PanelSizes sizes = panel_sizes(guard.device(), weight.size(0), weight.size(1));
-  Tensor panels = torch::stable::new_empty(weight, {sizes.num_panels, sizes.panel_bytes}, ScalarType::Char);
+  Tensor panels = allocate(weight, {sizes.num_panels, sizes.panel_bytes}, ScalarType::Char);
   dispatch<Cpu>(weight.scalar_type(), "screen_vocabulary", [&](auto element) {
     using T = decltype(element);
     if constexpr (!std::is_same_v<T, double>) {

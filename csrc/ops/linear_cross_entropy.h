@@ -56,12 +56,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hi
                   "linear_cross_entropy: scale must be [R] in the accumulation type of hidden");
 
   Guard<Device> guard(hidden);
-  using torch::stable::new_empty, torch::stable::fill_;
+  using torch::stable::fill_;
   Tensor hidden_ = as_contiguous(hidden), weight_ = as_contiguous(weight), target_ = as_contiguous(target);
-  Tensor scale_ = scale ? as_contiguous(*scale) : new_empty(hidden, {0}, wide);
-  Tensor total = new_empty(hidden, std::vector<int64_t>{}, wide), loss = new_empty(hidden, {num_rows}, wide);
+  Tensor scale_ = scale ? as_contiguous(*scale) : allocate(hidden, {0}, wide);
+  Tensor total = allocate(hidden, {}, wide), loss = allocate(hidden, {num_rows}, wide);
   auto gradient = [&](bool needed, int64_t rows) {
-    return needed ? new_empty(hidden, {rows, size}, wide) : new_empty(hidden, {0}, wide);
+    return needed ? allocate(hidden, {rows, size}, wide) : allocate(hidden, {0}, wide);
   };
   Tensor grad_hidden = gradient(need_grad_hidden, num_rows), grad_weight = gradient(need_grad_weight, vocabulary);
   if (num_rows == 0) fill_(grad_weight, 0);
@@ -75,10 +75,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& hi
   const int64_t block = vocabulary_block<Device>(vocabulary), num_blocks = (vocabulary + block - 1) / block;
   const int64_t tile = row_tile<Device>(chunk, widens);
   const int64_t product_size = need_grad ? std::max(tile, block) * size : 0;
-  Tensor logits = new_empty(hidden, {chunk * vocabulary}, products_type);
-  Tensor products = new_empty(hidden, {num_workers<Device>() * product_size}, products_type);
-  Tensor wide_hidden = new_empty(hidden, {widens ? chunk * size : 0}, ScalarType::Float);
-  Tensor wide_weight = new_empty(hidden, {widens ? num_workers<Device>() * block * size : 0}, ScalarType::Float);
+  Tensor logits = allocate(hidden, {chunk * vocabulary}, products_type);
+  Tensor products = allocate(hidden, {num_workers<Device>() * product_size}, products_type);
+  Tensor wide_hidden = allocate(hidden, {widens ? chunk * size : 0}, ScalarType::Float);
+  Tensor wide_weight = allocate(hidden, {widens ? num_workers<Device>() * block * size : 0}, ScalarType::Float);
 
   auto run = [&](auto element, auto product_element) {
     using T = decltype(element);

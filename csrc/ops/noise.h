@@ -15,7 +15,7 @@ Tensor noise(const Tensor& seed, const Tensor& rows, int64_t num_draws, int64_t 
                   "noise: num_draws, length below 2^26 and stream below 256 must not be negative");
   Guard<Device> guard(rows);
   Tensor rows_ = as_contiguous(rows);
-  Tensor out = allocate<3>(rows, {num_draws, rows.size(0), length}, dtype);
+  Tensor out = allocate(rows, {num_draws, rows.size(0), length}, dtype);
   auto run = [&](auto element) {
     using T = decltype(element);
     launch(guard.device(), Noise<T>{.seed = input<int64_t>(seed),

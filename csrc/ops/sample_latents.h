@@ -263,21 +263,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_latents(const Tensor& hidden, 
   const ScalarType type = hidden.scalar_type(), wide = accumulate_type(type);
 
   Guard<Device> guard(hidden);
-  using torch::stable::new_empty;
   Tensor hidden_ = as_contiguous(hidden), seed_ = as_contiguous(seed), rows_ = as_contiguous(rows);
   const int64_t num_blocks = head.num_blocks(), latent_size = head.latent_size();
   auto planes = [&](bool needed, int64_t count, int64_t lines, ScalarType element) {
-    return needed ? new_empty(hidden, {count, lines, size}, element) : new_empty(hidden, {0}, element);
+    return needed ? allocate(hidden, {count, lines, size}, element) : allocate(hidden, {0}, element);
   };
-  Tensor latents = new_empty(hidden, {num_samples, num_rows, latent_size});
+  Tensor latents = allocate(hidden, {num_samples, num_rows, latent_size});
   Tensor products = planes(keep, HeadPlanes::count(num_blocks), num_lines, type);
   Tensor stream = planes(keep, num_blocks + 1, num_lines, wide);
   Tensor contexts = planes(true, HeadPlanes::row_count(num_blocks), num_rows, type);
 
   const int64_t tile = head_tile<Device>(num_lines, size, hidden.element_size());
   const int64_t scratch_size = head_scratch(tile, size, head.noise_size()), wide_size = aligned(tile * size);
-  Tensor scratch = new_empty(hidden, {num_workers<Device>() * scratch_size});
-  Tensor wide_scratch = new_empty(hidden, {keep ? 0 : num_workers<Device>() * wide_size}, wide);
+  Tensor scratch = allocate(hidden, {num_workers<Device>() * scratch_size});
+  Tensor wide_scratch = allocate(hidden, {keep ? 0 : num_workers<Device>() * wide_size}, wide);
   dispatch<Device>(type, "sample_latents", [&](auto element) {
     using T = decltype(element);
     using Wide = AccumulateType<T>;

@@ -29,13 +29,12 @@ class HeadBackward {
                const Tensor& hidden, const Tensor& products, const Tensor& stream, const Tensor& contexts,
                std::vector<Tensor>& grads)
       : device_(device), inputs_(inputs), weights_(weights), num_lines_(num_lines), like_(hidden), grads_(grads) {
-    using torch::stable::new_empty;
     const ScalarType wide = accumulate_type(hidden.scalar_type());
-    planes_ = new_empty(hidden, {(kNarrow ? Planes::kCount : Planes::kStream) * num_lines * size_});
-    wide_planes_ = new_empty(hidden, {2 * num_lines * size_}, wide);
-    statistics_ = new_empty(hidden, {2 * std::max(num_lines, inputs.num_rows)}, wide);
-    noise_ = new_empty(hidden, {num_lines * weights.noise_size()});
-    row_planes_ = new_empty(hidden, {3 * inputs.num_rows * size_});
+    planes_ = allocate(hidden, {(kNarrow ? Planes::kCount : Planes::kStream) * num_lines * size_});
+    wide_planes_ = allocate(hidden, {2 * num_lines * size_}, wide);
+    statistics_ = allocate(hidden, {2 * std::max(num_lines, inputs.num_rows)}, wide);
+    noise_ = allocate(hidden, {num_lines * weights.noise_size()});
+    row_planes_ = allocate(hidden, {3 * inputs.num_rows * size_});
     torch::stable::fill_(row_planes_, 0);  // what a head without blocks gives to its context
     products_ = input<T>(products), stream_ = input<Wide>(stream), contexts_ = input<T>(contexts);
   }
@@ -335,13 +334,12 @@ std::tuple<Tensor, std::vector<Tensor>> sample_latents_backward(const Tensor& gr
       "sample_latents_backward: expected grad_latents [S, R, L] and what sample_latents kept of these arguments");
 
   Guard<Device> guard(hidden);
-  using torch::stable::new_empty;
   Tensor grad_latents_ = as_contiguous(grad_latents), hidden_ = as_contiguous(hidden), seed_ = as_contiguous(seed);
   Tensor rows_ = as_contiguous(rows), products_ = as_contiguous(products), stream_ = as_contiguous(stream);
-  Tensor contexts_ = as_contiguous(contexts), grad_hidden = new_empty(hidden, {num_rows, size});
+  Tensor contexts_ = as_contiguous(contexts), grad_hidden = allocate(hidden, {num_rows, size});
   std::vector<Tensor> grads;
   for (const Tensor& weight : head.tensors()) {
-    if (need_grad_weights) grads.push_back(new_empty(weight, weight.sizes()));
+    if (need_grad_weights) grads.push_back(allocate(weight, weight.sizes()));
   }
   dispatch<Device>(type, "sample_latents_backward", [&](auto element) {
     using T = decltype(element);

@@ -17,9 +17,9 @@ Tensor select_patch(const Tensor& tokens, const Tensor& seed, const Tensor& rows
   STD_TORCH_CHECK(n >= 1, "select_patch: n must be at least 1");
   Guard<Device> guard(tokens);
   Tensor tokens_ = as_contiguous(tokens), rows_ = as_contiguous(rows);
-  Tensor index = allocate<1>(tokens, {num_rows}, ScalarType::Long);
+  Tensor index = allocate(tokens, {num_rows}, ScalarType::Long);
   std::optional<Tensor> workspace;
-  if (std::is_same_v<Device, Cuda>) workspace = allocate<1>(tokens, {num_rows * pool}, ScalarType::Double);
+  if (std::is_same_v<Device, Cuda>) workspace = allocate(tokens, {num_rows * pool}, ScalarType::Double);
   launch(guard.device(), SelectPatch{.tokens = input<int64_t>(tokens_),
                                      .seed = input<int64_t>(seed),
                                      .rows = input<int64_t>(rows_),

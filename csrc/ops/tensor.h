@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <initializer_list>
+#include <optional>
 
 #include "common/device.h"
 #include "common/types.h"
@@ -54,18 +55,21 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// An uninitialised contiguous tensor on the device of `like`.
-template <size_t N>
-Tensor allocate(const Tensor& like, const std::array<int64_t, N>& sizes, ScalarType type) {
-  std::array<int64_t, N> strides;
+// An uninitialised contiguous tensor on the device of `like`, and of its type unless another is given.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> type = {}) {
+  constexpr size_t kMaxDimensions = 3;
+  STD_TORCH_CHECK(sizes.size() <= kMaxDimensions, "allocate: at most ", kMaxDimensions, " dimensions");
+  std::array<int64_t, kMaxDimensions> strides;
   int64_t stride = 1;
-  for (size_t i = N; i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  int32_t device_type = 0;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  int32_t device_type = 0, dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype, device_type, like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type,
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
