@@ -9,7 +9,7 @@ what generation draws for an empty prompt.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ class BrierLM:
     num_patches: int  # patches at which an n-gram started
     num_documents: int
     num_draws: int | None  # a patch; None where the expectation is exact
+    tokens_per_second: float | None = field(default=None, compare=False)  # K a patch, as read
 
 
 def brier_from_predictions(predictions: Tensor, target: Tensor) -> Tensor:

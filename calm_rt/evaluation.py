@@ -5,7 +5,10 @@ but through the rounding of matrix products.
 """
 
 import copy
-from collections.abc import Iterable
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +31,7 @@ from calm_rt.brier import (
     unigram_brier,
     windows_of,
 )
+from calm_rt.causal_lm import Sampler, model_terms, sampler_terms
 from calm_rt.nn import Autoencoder, Calm, KVCache
 from calm_rt.ops.check import check
 from calm_rt.reference import Stream
@@ -48,45 +52,65 @@ CACHE_BYTES = 1 << 28  # of key-value cache copied at once when draws are contin
 
 @torch.inference_mode()
 def brier_lm(
-    model: Calm,
+    model: Calm | Sampler | Callable[[Tensor], Any],
     documents: Documents,
     *,
-    num_draws: int = 8,
+    num_draws: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    patch_size: int | None = None,
     block_size: int | None = None,
     max_patches: int | None = None,
     num_bootstrap: int = 1000,
 ) -> BrierLM:
-    """BrierLM of a model, teacher-forced, with a bootstrap interval over documents.
+    """BrierLM of a CALM or of any causal language model, teacher-forced, with an interval.
 
-    For K >= 4 the n-grams are the first tokens of a patch. For K < 4 they go over ceil(4 / K)
-    patches: the accuracy term is a product over teacher-forced patches, the collision term
-    continues one draw's path through the key-value cache and compares fresh draws on it.
+    For K >= 4 the n-grams of a CALM are the first tokens of a patch. For K < 4 they go over
+    ceil(4 / K) patches: the accuracy term is a product over teacher-forced patches, the collision
+    term continues one draw's path through the key-value cache and compares fresh draws on it.
+    model: a Calm; a causal language model that gives logits [B, T, V], or an object with them as
+        `.logits`, for ids [B, T] int64, as those of `transformers` do; or what has a method
+        `draw(contexts, num_draws)` (calm_rt.causal_lm.Sampler). Logits serve as exact
+        probabilities, whose estimates vary far less than those from draws.
     documents: [tokens] ids each, whole patches with BOS, EOS and PAD as in token shards, or
         [D, tokens] in one tensor; of TokenShards the held-out ones.
-    num_draws: S >= 2 of each patch; 2 gives the official estimator.
-    batch_size: windows in one forward pass.
+    num_draws: S >= 2 of each patch, 2 gives the official estimator, None for 8; of a model with
+        logits the paths at each start, at least 1, which is what None stands for.
+    batch_size: windows in one forward pass, or contexts where the model is no Calm.
+    patch_size: K, n-grams start every K tokens; None for a Calm's own, 4 for others.
     block_size: tokens of a window; longer documents are cut and each window starts anew, so longer
-        ones score better. None for max_position_embeddings patches.
+        ones score better. None for max_position_embeddings patches (tokens, where no Calm) of
+        the model's config; whole documents where there is none.
     max_patches: at how many patches an n-gram starts at most, from the first document on; None for
         all.
-    num_bootstrap: resamples of the documents.
+    num_bootstrap: resamples of the documents, over which the intervals are.
     raises: ValueError for settings and documents that do not fit, or without any n-gram to score.
     source: paper section 4, official CALM.eval_brier (which uses one of the pairs).
     """
-    check(num_draws >= 2, "num_draws", "at least 2", num_draws)
     check(batch_size >= 1, "batch_size", "at least 1", batch_size)
-    patch_size = model.config.patch_size
-    if block_size is None:
-        block_size = model.config.max_position_embeddings * patch_size
-    windows = windows_of(documents, patch_size, block_size, max_patches)
-    windows.sort(key=lambda window: len(window.ids), reverse=True)  # little padding in a batch
-    terms = [
-        _window_terms(model, windows[first : first + batch_size], num_draws, seed)
-        for first in range(0, len(windows), batch_size)
-    ]
-    return summarise(torch.cat(terms).numpy(), windows, num_draws, num_bootstrap, seed)
+    is_calm, draws = hasattr(model, "ae_model"), isinstance(model, Sampler)
+    least = 2 if is_calm or draws else 1
+    num_draws = (8 if least == 2 else 1) if num_draws is None else num_draws
+    check(num_draws >= least, "num_draws", f"at least {least}", num_draws)
+    config = getattr(model, "config", None)
+    own_size = config.patch_size if is_calm else patch_size or ORDERS
+    check(patch_size in (None, own_size), "patch_size", f"the model's {own_size}", patch_size)
+    longest = getattr(config, "max_position_embeddings", None)
+    if block_size is None and longest is not None:
+        block_size = longest * own_size if is_calm else longest // own_size * own_size
+    windows = windows_of(documents, own_size, block_size, max_patches)
+    start = time.perf_counter()
+    if draws:
+        terms = sampler_terms(model, windows, own_size, num_draws, batch_size)
+    elif is_calm:
+        windows.sort(key=lambda window: len(window.ids), reverse=True)  # little padding in a batch
+        batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
+        terms = torch.cat([_window_terms(model, batch, num_draws, seed) for batch in batches])
+    else:
+        terms = model_terms(model, windows, own_size, num_draws, seed, batch_size)
+    speed = sum(len(window.ids) for window in windows) / (time.perf_counter() - start)
+    result = summarise(terms.numpy(), windows, num_draws, num_bootstrap, seed)
+    return dataclasses.replace(result, tokens_per_second=speed)
 
 
 @torch.inference_mode()
