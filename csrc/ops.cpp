@@ -60,8 +60,11 @@ STABLE_TORCH_LIBRARY(calm_rt, m) {
   m.def("linear_argmax(Tensor hidden, Tensor weight, Tensor? screen) -> Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? scale, int ignore_index, "
-      "int max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight) -> (Tensor total, Tensor loss, "
-      "Tensor grad_hidden, Tensor grad_weight)");
+      "int max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight, bool keep_grad_logits) -> (Tensor total, "
+      "Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_logits)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_logits, Tensor hidden, Tensor weight, bool need_grad_hidden, bool "
+      "need_grad_weight) -> (Tensor grad_hidden, Tensor grad_weight)");
   m.def(
       "sample_latents(Tensor hidden, Tensor[] weights, Tensor seed, Tensor rows, int num_samples, float eps, bool "
       "keep) "
@@ -88,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt, CPU, m) {
   m.impl("gated_mlp_backward", TORCH_BOX(&calm_rt::gated_mlp_backward<calm_rt::Cpu>));
   m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cpu>));
   m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cpu>));
+  m.impl("linear_cross_entropy_backward", TORCH_BOX(&calm_rt::linear_cross_entropy_backward<calm_rt::Cpu>));
   m.impl("sample_latents", TORCH_BOX(&calm_rt::sample_latents<calm_rt::Cpu>));
   m.impl("sample_latents_backward", TORCH_BOX(&calm_rt::sample_latents_backward<calm_rt::Cpu>));
   m.impl("screen_vocabulary", TORCH_BOX(&calm_rt::screen_vocabulary));
@@ -104,6 +108,7 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt, CUDA, m) {
   m.impl("gated_mlp_backward", TORCH_BOX(&calm_rt::gated_mlp_backward<calm_rt::Cuda>));
   m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cuda>));
   m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cuda>));
+  m.impl("linear_cross_entropy_backward", TORCH_BOX(&calm_rt::linear_cross_entropy_backward<calm_rt::Cuda>));
   m.impl("sample_latents", TORCH_BOX(&calm_rt::sample_latents<calm_rt::Cuda>));
   m.impl("sample_latents_backward", TORCH_BOX(&calm_rt::sample_latents_backward<calm_rt::Cuda>));
   m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cuda>));

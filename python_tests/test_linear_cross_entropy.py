@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -185,8 +186,20 @@ def simulated(simulator, case: Case, dtype: torch.dtype) -> list[Tensor]:  # noq
     leaves = [values[name].detach() for name in ("hidden", "weight")]
     budget = values.get("max_workspace_bytes", 2**30)
     return simulator.linear_cross_entropy(
-        *leaves, values["target"], None, -100, budget, True, True
-    )[1:]
+        *leaves, values["target"], None, -100, budget, True, True, False
+    )[1:4]
+
+
+def simulated_in_two(simulator, case: Case, dtype: torch.dtype) -> list[Tensor]:  # noqa: F811
+    """The same with the gradients in a call of their own."""
+    values = case.make(dtype)
+    leaves = [values[name].detach() for name in ("hidden", "weight")]
+    arguments = (*leaves, values["target"], None, -100, 2**30, False, False, True)
+    _, loss, _, _, grad_logits = simulator.linear_cross_entropy(*arguments)
+    return [
+        loss,
+        *simulator.linear_cross_entropy_backward(grad_logits, *leaves, True, True),
+    ]
 
 
 def row_losses(case: Case, dtype: torch.dtype, start: torch.dtype) -> list[Tensor]:
@@ -198,16 +211,18 @@ def row_losses(case: Case, dtype: torch.dtype, start: torch.dtype) -> list[Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("run", [simulated, simulated_in_two])
 @pytest.mark.parametrize("case", LAW_CASES, ids=str)
 def test_simulated_error_at_most_twice_the_reference(
     simulator,  # noqa: F811
     case: Case,
+    run: Callable,
     dtype: torch.dtype,
 ) -> None:
     truth, own = row_losses(case, torch.float64, dtype), row_losses(case, dtype, dtype)
     values = {**case.make(dtype), "reduction": "none"}
     simulator.set_schedule(1)
-    ours = simulated(simulator, case, dtype)
+    ours = run(simulator, case, dtype)
     for output, exact, expected, size in zip(
         ours, truth, own, case.magnitudes(values), strict=True
     ):
@@ -219,8 +234,8 @@ def test_simulated_error_at_most_twice_the_reference(
 def test_simulated_wrong_target_is_nan(simulator) -> None:  # noqa: F811
     x, weight, target = (tensor.detach() for tensor in arguments())
     target[2] = 2**62
-    _, loss, grad, _ = simulator.linear_cross_entropy(
-        x, weight, target, None, -100, 2**30, True, False
+    _, loss, grad, *_ = simulator.linear_cross_entropy(
+        x, weight, target, None, -100, 2**30, True, False, False
     )
     assert loss.isnan().tolist() == [row == 2 for row in range(len(target))]
     assert grad.isnan().any(-1).nonzero().tolist() == [[2]]

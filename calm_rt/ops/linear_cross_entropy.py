@@ -23,7 +23,6 @@ REDUCTIONS = ("mean", "sum", "none")
 
 # Bytes of logits at a time, by device. Fewer rows mean that the weight and its gradient, which are
 # much larger than a row of hidden states, travel more often.
-FEW_ROWS = 64  # up to which the gradients are computed in the backward
 WORKSPACE_BYTES = {"cpu": 192 << 20, "cuda": 1 << 30}
 
 
@@ -49,9 +48,10 @@ def linear_cross_entropy(
         on a CPU and 1 GB on a GPU. The gradients differ in rounding between budgets.
     returns: [] for "mean" and "sum", [R] for "none"; nats, float32 for 16-bit inputs; once
         differentiable in hidden and weight.
-    Memory: no [R, V] logits. For "mean" and "sum" of more than 64 rows the gradients are computed
-        in the forward and kept, [R, H] and [V, H] in float32 (float64 for float64 inputs);
-        otherwise in the backward.
+    Memory: no [R, V] logits, but for gradients of no more than H rows (16-bit types on a CPU: none)
+        that fit max_workspace_bytes; the gradient of the weight is larger. For "mean" and "sum" of
+        others the gradients are computed in the forward and kept, [R, H] and [V, H] in float32
+        (float64 for float64 inputs), for "none" in the backward.
     Under torch.autocast hidden and weight are cast as F.linear casts them.
     Raises ValueError for other shapes, types or devices, or an unknown reduction; IndexError for a
     target outside the vocabulary in eager code on a CPU, elsewhere the kernel gives NaN for it.
@@ -75,17 +75,20 @@ def linear_cross_entropy(
         max_workspace_bytes = WORKSPACE_BYTES.get(hidden.device.type, WORKSPACE_BYTES["cuda"])
     check(max_workspace_bytes > 0, "max_workspace_bytes", "more than 0", max_workspace_bytes)
     if may_look(target):
-        check_ids("target", target[target != ignore_index], weight.shape[0])
+        counted = torch.where(target == ignore_index, 0, target)
+        check_ids("target", counted, weight.shape[0])
 
     hidden, weight = _one_dtype(hidden, weight)
     if not _native.use_native("linear_cross_entropy", hidden, hidden.dtype, DTYPES):
         return reference.linear_cross_entropy(
             hidden, weight, target, ignore_index, reduction, denominator
         )
-    # Rows that all count the same have their gradient ready before anything comes back. For a few
-    # of them, it is cheaper to compute the logits twice than to scale a gradient of the weight.
-    ready = torch.is_grad_enabled() and reduction != "none" and hidden.shape[0] > FEW_ROWS
-    total, loss, _, _ = _native.call(
+    # Rows that all count the same have their gradient ready before anything comes back, which is
+    # then to be scaled. For a few of them the gradient of the logits is smaller than that.
+    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    keep = need_grad and _keeps_grad_logits(hidden, weight, max_workspace_bytes)
+    ready = need_grad and not keep and reduction != "none"
+    total, loss, *_ = _native.call(
         "linear_cross_entropy",
         hidden,
         weight,
@@ -95,6 +98,7 @@ def linear_cross_entropy(
         max_workspace_bytes,
         ready and hidden.requires_grad,
         ready and weight.requires_grad,
+        keep,
     )
     if reduction == "none":
         return loss
@@ -102,6 +106,13 @@ def linear_cross_entropy(
     if reduction == "sum":
         return total
     return total / ((target != ignore_index).sum() if denominator is None else denominator)
+
+
+def _keeps_grad_logits(hidden: Tensor, weight: Tensor, max_bytes: int) -> bool:
+    """Whether the backward finds the gradient of the logits, which is less than the weight's."""
+    multiplied = hidden.is_cuda or hidden.dtype in (torch.float32, torch.float64)  # as they are
+    few = hidden.shape[0] <= hidden.shape[1]
+    return multiplied and few and hidden.shape[0] * weight.shape[0] * hidden.itemsize <= max_bytes
 
 
 def _one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,6 +132,7 @@ def _fake(
     max_workspace_bytes,
     need_grad_hidden,
     need_grad_weight,
+    keep_grad_logits,
 ):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
@@ -128,21 +140,30 @@ def _fake(
         hidden.new_empty(hidden.shape[0], dtype=wide),
         hidden.new_empty(hidden.shape if need_grad_hidden else (0,), dtype=wide),
         weight.new_empty(weight.shape if need_grad_weight else (0,), dtype=wide),
+        hidden.new_empty(hidden.shape[0] * weight.shape[0] if keep_grad_logits else 0),
+    )
+
+
+def _fake_backward(grad_logits, hidden, weight, need_grad_hidden, need_grad_weight):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty(hidden.shape if need_grad_hidden else (0,), dtype=wide),
+        weight.new_empty(weight.shape if need_grad_weight else (0,), dtype=wide),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, target, _, *options, need_grad_hidden, need_grad_weight = inputs
-    total, loss, grad_hidden, grad_weight = output
+    hidden, weight, target, _, *options, need_grad_hidden, need_grad_weight, ctx.kept = inputs
+    total, loss, grad_hidden, grad_weight, grad_logits = output
     ctx.set_materialize_grads(False)
     ctx.options, ctx.dtype = options, hidden.dtype
     ctx.ready = need_grad_hidden or need_grad_weight
     if ctx.ready:  # the total is differentiable, with these gradients
-        ctx.mark_non_differentiable(loss, grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(loss, grad_hidden, grad_weight, grad_logits)
         ctx.save_for_backward(grad_hidden, grad_weight)
     else:  # each row's loss is, with gradients that are yet to be computed
-        ctx.mark_non_differentiable(total, grad_hidden, grad_weight)
-        ctx.save_for_backward(hidden, weight, target)
+        ctx.mark_non_differentiable(total, grad_hidden, grad_weight, grad_logits)
+        ctx.save_for_backward(hidden, weight, target, grad_logits)
 
 
 def _backward(ctx, grad_total, grad_loss, *_):
@@ -158,14 +179,28 @@ def _backward(ctx, grad_total, grad_loss, *_):
             for saved, need in zip(ctx.saved_tensors, needs, strict=True)
         ]
     elif not ctx.ready and grad_loss is not None:
-        outputs = _native.call(
-            "linear_cross_entropy", *ctx.saved_tensors, grad_loss, *ctx.options, *needs
-        )
+        hidden, weight, target, grad_logits = ctx.saved_tensors
+        if ctx.kept:
+            scale = torch.where(target == ctx.options[0], 0, grad_loss)  # inf where none counts
+            products = _from_grad_logits(grad_logits, hidden, weight, scale[:, None], needs)
+        else:
+            arguments = (hidden, weight, target, grad_loss, *ctx.options, *needs, False)
+            products = _native.call("linear_cross_entropy", *arguments)[2:4]
         gradients = [
-            wide.to(ctx.dtype) if need else None
-            for wide, need in zip(outputs[2:], needs, strict=True)
+            wide.to(ctx.dtype) if need else None for wide, need in zip(products, needs, strict=True)
         ]
-    return *gradients, None, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None, None
+
+
+def _from_grad_logits(
+    grad_logits: Tensor, hidden: Tensor, weight: Tensor, scale: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of sum_r scale[r] loss[r], scale [R, 1], from those of the logits of every loss."""
+    scaled = (hidden * scale).to(hidden.dtype) if needs[1] else hidden
+    grad_hidden, grad_weight = _native.call(
+        "linear_cross_entropy_backward", grad_logits, scaled, weight, *needs
+    )
+    return grad_hidden * scale if needs[0] else grad_hidden, grad_weight
 
 
 def _scaled(saved: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,3 +214,4 @@ def _scaled(saved: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _native.register("linear_cross_entropy", _fake, _backward, _setup_context)
+_native.register("linear_cross_entropy_backward", _fake_backward)

@@ -55,8 +55,11 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
   m.def("linear_argmax(Tensor hidden, Tensor weight, Tensor? screen) -> Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? scale, int ignore_index, "
-      "int max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight) -> (Tensor total, Tensor loss, "
-      "Tensor grad_hidden, Tensor grad_weight)");
+      "int max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight, bool keep_grad_logits) -> (Tensor total, "
+      "Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_logits)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_logits, Tensor hidden, Tensor weight, bool need_grad_hidden, bool "
+      "need_grad_weight) -> (Tensor grad_hidden, Tensor grad_weight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CompositeExplicitAutograd, m) {
@@ -75,6 +78,7 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CPU, m) {
   m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cuda>));
   m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cuda>));
   m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cuda>));
+  m.impl("linear_cross_entropy_backward", TORCH_BOX(&calm_rt::linear_cross_entropy_backward<calm_rt::Cuda>));
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__simulator() {
