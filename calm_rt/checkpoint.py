@@ -1,9 +1,9 @@
-"""Models on disk: loads official folders and our own, writes our own.
+"""Models on disk: loads and writes official folders and our own.
 
 Our own folder is config.json and model.safetensors with the official tensor names: the autoencoder
 of a language model inside it as `ae_model.*` and under "autoencoder" in config.json, tied tensors
-once. Official folders hold pytorch_model.bin or model.safetensors, whole or in shards. Every file
-is written beside its destination and renamed.
+once. Official folders hold pytorch_model.bin or model.safetensors; both may be in shards. Every
+file is written beside its destination and renamed.
 """
 
 import re
@@ -13,9 +13,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from calm_rt.hub import local_folder
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check
-from calm_rt.tensor_files import read_json, read_tensors, write_json, write_tensors
+from calm_rt.options import LAYOUTS
+from calm_rt.tensor_files import (
+    read_json,
+    read_tensors,
+    write_json,
+    write_shards,
+    write_tensors,
+    write_torch,
+)
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
@@ -23,6 +32,7 @@ OFFICIAL_TENSORS = "pytorch_model.bin"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # a name, and the name under which an official file may hold the same tensor again or instead
+ENERGY = "EnergyTransformer"
 EMBEDDING, HEAD = "encoder.embed_tokens.weight", "generative_head."
 EMBEDDING_ALIAS, HEAD_ALIAS = "decoder.lm_head_weight", "mlp_generator."
 AUTOENCODER = "ae_model."
@@ -31,18 +41,23 @@ Config = TypeVar("Config", AutoencoderConfig, CalmConfig)
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    hub: bool = False,
 ) -> Autoencoder | Calm:
     """The model in a folder, in evaluation mode.
 
     path: an official folder or one that `save` wrote. The autoencoder of a language model comes
         from the folder itself; an official config's ae_path is not looked at.
     dtype: of the parameters; None keeps what is stored.
+    hub: take "owner/name" for a repository of the Hugging Face hub, see hub.local_folder.
     Raises FileNotFoundError, and ValueError naming file and tensor for what does not fit.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected a floating-point type or None, got {dtype}")
-    folder = Path(path)
+    folder = local_folder(path, hub)
     values = read_json(folder / CONFIG)
     file, tensors = _read_folder(folder)
     _refuse_other_heads(file, tensors, values)
@@ -56,23 +71,64 @@ def load(
     return model.eval()
 
 
-def save(model: Autoencoder | Calm, path: str | Path) -> None:
-    """Writes config.json and model.safetensors into a folder, which is made if needed.
+def save(
+    model: Autoencoder | Calm,
+    path: str | Path,
+    *,
+    layout: str = "calm_rt",
+    max_shard_bytes: int | None = None,
+    fields: dict[str, Any] | None = None,
+) -> None:
+    """Writes config.json and the tensors into a folder, which is made if needed.
 
-    Each file is replaced whole or not at all; a tied tensor is stored once.
+    Each file is replaced whole or not at all.
+    layout: "calm_rt": model.safetensors, a tied tensor once; "official": pytorch_model.bin under
+        all names that the official classes load, and beside a language model its autoencoder in
+        the folder `autoencoder`, to which ae_path points.
+    max_shard_bytes: of "calm_rt", of the tensors in a file, of which one is taken at least; None
+        for one file of all.
+    fields: of a config.json, kept where they mean nothing here.
+    raises: ValueError for a layout that is none, and for a folder in which other files of tensors
+        would be read in place of these.
     """
-    folder = Path(path)
+    check(layout in LAYOUTS, "layout", f"one of {', '.join(LAYOUTS)}", repr(layout))
+    official = layout == "official"
+    most = max_shard_bytes
+    check(most is None or most > 0, "max_shard_bytes", "None or at least 1", most)
+    check(not official or most is None, "max_shard_bytes", 'None in layout "official"', most)
+    folder, kind = Path(path), "Autoencoder" if isinstance(model, Autoencoder) else ENERGY
+    _check_overwrites(folder, official, most is not None)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, Calm):
-        values = {"architectures": ["EnergyTransformer"], **model.config.to_dict()}
-        values["autoencoder"] = model.ae_model.config.to_dict()
-    else:
-        values = {"architectures": ["Autoencoder"], **model.config.to_dict()}
     tensors = model.state_dict()
-    for name in [name for name in tensors if name.endswith(EMBEDDING_ALIAS)]:
-        del tensors[name]
-    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
+    values = {"architectures": [kind], **(fields or {}), **model.config.to_dict()}
+    values.pop("autoencoder", None)
+    for name in {"dtype", "torch_dtype"} & values.keys():
+        values[name] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    if official and kind == ENERGY:
+        inner = folder / "autoencoder"
+        save(model.ae_model, inner, layout=layout)
+        values["ae_path"] = str(inner)
+    elif kind == ENERGY:
+        values["autoencoder"] = model.ae_model.config.to_dict()
+    if official:
+        heads = [name for name in tensors if name.startswith(HEAD)]
+        tensors |= {HEAD_ALIAS + name.removeprefix(HEAD): tensors[name] for name in heads}
+        write_torch(folder / OFFICIAL_TENSORS, tensors)
+    else:
+        tensors = {n: t for n, t in tensors.items() if not n.endswith(EMBEDDING_ALIAS)}
+        if most is None:
+            write_tensors(folder / TENSORS, tensors, {"format": "pt"})
+        else:
+            write_shards(folder / TENSORS, tensors, most, {"format": "pt"})
     write_json(folder / CONFIG, values)
+
+
+def _check_overwrites(folder: Path, official: bool, sharded: bool) -> None:
+    """Raises ValueError for files that `load` would prefer to those that are to be written."""
+    preferred = [TENSORS, f"{TENSORS}.index.json"] if official else [TENSORS] if sharded else []
+    for name in preferred:
+        found = (folder / name).exists()
+        check(not found, "path", f"a folder without {name}, which would be read first", folder)
 
 
 def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:

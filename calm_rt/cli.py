@@ -15,6 +15,7 @@ from typing import NoReturn
 from calm_rt.options import (
     AUTOENCODER_OPTIONS,
     DTYPES,
+    LAYOUTS,
     MODEL_OPTIONS,
     PLAN_OPTIONS,
     PLAN_SIZES,
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             from calm_rt import commands
 
+            if getattr(options, "hub", False):
+                commands.fetch(options)
             getattr(commands, options.command.replace("-", "_"))(options)
     except KeyboardInterrupt as interrupt:
         print(f"\n{name}: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
@@ -187,6 +190,7 @@ def _add_generate(commands) -> None:
     command.add_argument("--tokenizer", help="file or folder (default: the model's folder)")
     command.add_argument("--stream", action="store_true", help="print text as it comes (1 prompt)")
     _add_device(command)
+    _add_hub(command)
     command.add_argument("--json", action="store_true", help="one JSON object a line and prompt")
     _add_options(command, "sampling", SAMPLING_OPTIONS)
 
@@ -210,6 +214,7 @@ def _add_evaluate(commands) -> None:
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--tokenizer", help="for text (default: the model's folder)")
     _add_device(command)
+    _add_hub(command)
     _add_json(command)
 
 
@@ -217,12 +222,20 @@ def _add_convert(commands) -> None:
     command = _command(
         commands,
         "convert",
-        "read an official checkpoint and write it as one folder of config.json and safetensors",
+        "read an official checkpoint and write it as one folder of safetensors, or back",
         "calm-rt convert CALM-M calm-m --dtype bfloat16",
     )
     command.add_argument("source", help="folder with pytorch_model.bin or model.safetensors")
     command.add_argument("output", help="folder to write")
+    command.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="calm_rt",
+        help="official: pytorch_model.bin and, for a CALM, its autoencoder's own folder",
+    )
+    command.add_argument("--max-shard-size", type=float, metavar="GB", help="of layout calm_rt")
     command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    _add_hub(command)
     _add_json(command)
 
 
@@ -274,6 +287,7 @@ def _add_plan(commands) -> None:
     command.add_argument(
         "--gemm-rate", type=float, help="FLOP a second (default: measured here in a moment)"
     )
+    _add_hub(command)
     _add_json(command)
     _add_options(command, "sizes that replace those of the model", PLAN_SIZES)
 
@@ -304,6 +318,14 @@ def _add_options(command: Parser, title: str, options: list[tuple[str, type, str
 
 def _add_device(command: Parser) -> None:
     command.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+
+
+def _add_hub(command: Parser) -> None:
+    command.add_argument(
+        "--hub",
+        action="store_true",
+        help="take OWNER/NAME for a repository of the Hugging Face hub where no such folder is",
+    )
 
 
 def _add_json(command: Parser) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from calm_rt import checkpoint, evaluation, training
+from calm_rt import checkpoint, evaluation, tensor_files, training
 from calm_rt.arguments import (
     device_of,
     documents_of,
@@ -30,10 +30,19 @@ from calm_rt.data import (
     write_shards,
 )
 from calm_rt.generation import Generation, Generator
+from calm_rt.hub import local_folder
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check
 from calm_rt.options import AUTOENCODER_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS
 from calm_rt.training_state import TrainingState, copy_tokenizer
+
+
+def fetch(options: Namespace) -> None:
+    """Puts the folders of repositories of the hub in place of their names."""
+    for name in ("model", "tokenizer", "source"):
+        value = getattr(options, name, None)
+        if value is not None:
+            setattr(options, name, str(local_folder(value, hub=True)))
 
 
 def quickstart(options: Namespace) -> None:
@@ -171,9 +180,15 @@ def evaluate(options: Namespace) -> None:
 
 def convert(options: Namespace) -> None:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    model = checkpoint.load(options.source, dtype=dtype)
-    model.save(options.output)
-    copy_tokenizer(Path(options.source), Path(options.output))
+    source, output = Path(options.source), Path(options.output)
+    model = checkpoint.load(source, dtype=dtype)
+    shard = None if options.max_shard_size is None else int(options.max_shard_size * 1e9)
+    settings = {"layout": options.layout, "max_shard_bytes": shard}
+    fields = tensor_files.read_json(source / checkpoint.CONFIG)
+    checkpoint.save(model, output, fields=fields, **settings)
+    for folder in {output, *([output / "autoencoder"] if options.layout == "official" else [])}:
+        if folder.is_dir():
+            copy_tokenizer(source, folder)
     count = sum(parameter.numel() for parameter in model.parameters())
     report = {"model": type(model).__name__, "parameters": count, "folder": options.output}
     if options.json:

@@ -64,3 +64,4 @@ PLAN_SIZES = [
     *MODEL_OPTIONS,
 ]
 DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("calm_rt", "official")  # of a checkpoint's folder

@@ -26,6 +26,35 @@ def write_tensors(
     replace(Path(path), lambda temporary: save_file(plain, temporary, metadata))
 
 
+def write_shards(
+    path: Path, tensors: dict[str, Tensor], max_bytes: int, metadata: dict[str, str]
+) -> None:
+    """Writes tensors into safetensors files of at most max_bytes, or of one tensor that is larger.
+
+    path: as of a single file, model.safetensors; the files are model-00001-of-0000N.safetensors
+        and, last, the index model.safetensors.index.json, which says what is where.
+    """
+    groups: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        held = sum(part.nbytes for part in groups[-1].values())
+        if groups[-1] and held + tensor.nbytes > max_bytes:
+            groups.append({})
+        groups[-1][name] = tensor
+    where = {}
+    for number, group in enumerate(groups, 1):
+        shard = path.with_stem(f"{path.stem}-{number:05}-of-{len(groups):05}")
+        write_tensors(shard, group, metadata)
+        where |= dict.fromkeys(group, shard.name)
+    size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+    index = path.with_name(f"{path.name}.index.json")
+    write_json(index, {"metadata": size, "weight_map": where})
+
+
+def write_torch(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a torch file of a state dict, whole or not at all; what is tied is stored once."""
+    replace(path, lambda temporary: torch.save(tensors, temporary))
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a torch file that holds a state dict only.
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from calm_rt.atomic import scratch_folder
 from calm_rt.documents import PathLike, read_documents
+from calm_rt.hub import local_folder
 from calm_rt.ops.check import check
 
 SAMPLE_CHARACTERS = 10_000_000  # of text that a vocabulary is learnt from: 1 s at 1024 tokens
@@ -84,15 +85,16 @@ def train_tokenizer(
     return SentencePieceTokenizer(path)
 
 
-def load_tokenizer(path: PathLike) -> Tokenizer:
+def load_tokenizer(path: PathLike, *, hub: bool = False) -> Tokenizer:
     """Reads a tokenizer.
 
     path: a sentencepiece file, a tokenizer.json (needs the `tokenizers` package), or a folder that
         holds tokenizer.model or tokenizer.json.
+    hub: take "owner/name" for a repository of the Hugging Face hub, see hub.local_folder.
     raises: ValueError for a missing or foreign file; Llama-3's tokenizer.model (tiktoken's format)
         is recognised, and the error points to its tokenizer.json.
     """
-    path = Path(path)
+    path = local_folder(path, hub)
     if path.is_dir():
         model, other = path / "tokenizer.model", path / "tokenizer.json"
         if not model.is_file() and not other.is_file():

@@ -1,0 +1,46 @@
+"""Repositories of the Hugging Face hub, fetched only where somebody asks for it."""
+
+import re
+from pathlib import Path
+
+from calm_rt.ops.check import check
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+TOKENIZERS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+
+def local_folder(path: str | Path, hub: bool) -> Path:
+    """A folder as it is; with `hub`, where there is none, a repository's files on this machine.
+
+    path: of a folder, or "owner/name".
+    hub: whether `huggingface_hub` may look there; it keeps what it fetched.
+    raises: FileNotFoundError that says how where path can only be a repository and hub is False;
+        ValueError without `huggingface_hub` or where it cannot get the files.
+    """
+    folder, name = Path(path), str(path)
+    if folder.exists() or not (hub or REPOSITORY.fullmatch(name)):
+        return folder
+    if not hub:
+        raise FileNotFoundError(
+            f"{name}: no such folder; hub=True (--hub) takes it for a repository of the Hugging "
+            "Face hub"
+        )
+    check(REPOSITORY.fullmatch(name) is not None, "path", "a folder or owner/name", name)
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError("hub: needs the package huggingface_hub, which is not here") from None
+    try:
+        files = huggingface_hub.list_repo_files(name)
+        safe = any(file.startswith("model.safetensors") for file in files)
+        weights = "model*.safetensors*" if safe else "pytorch_model*"  # either holds all tensors
+        wanted = ["config.json", weights, *TOKENIZERS]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # of the network, the hub, the disk
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"hub: cannot fetch {name} ({reason})") from error

@@ -1,0 +1,240 @@
+"""Folders from the official layout to ours and back, in shards, from the hub, without a network."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_checkpoint import ALIAS, EMBEDDING, GOLDEN, assert_same, assert_whole, needs_golden
+
+import calm_rt
+from calm_rt import checkpoint, cli
+from calm_rt.data import train_tokenizer
+from calm_rt.nn import Autoencoder, AutoencoderConfig
+
+SIZES = {"patch_size": 2, "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24}
+INDEX = f"{checkpoint.TENSORS}.index.json"
+
+
+@pytest.fixture
+def autoencoder(tmp_path):
+    model = Autoencoder(AutoencoderConfig(**SIZES, latent_size=8)).eval()
+    model.save(tmp_path / "autoencoder")
+    return model
+
+
+def convert(*arguments: object) -> None:
+    assert cli.main(["convert", *map(str, arguments)]) == 0
+
+
+def tensors_of(folder):
+    return torch.load(folder / checkpoint.OFFICIAL_TENSORS, weights_only=True)
+
+
+def config_of(folder):
+    return json.loads((folder / checkpoint.CONFIG).read_text())
+
+
+@needs_golden
+@pytest.mark.parametrize("part", ["autoencoder", "calm_energy"])
+@pytest.mark.parametrize("version", ["official_k4", "official_k3"])
+def test_official_there_and_back_loses_nothing(version, part, tmp_path):
+    source, ours, back = GOLDEN / version / part, tmp_path / "ours", tmp_path / "back"
+    convert(source, ours)
+    convert(ours, back, "--layout", "official")
+    before, after = tensors_of(source), tensors_of(back)
+    assert before.keys() <= after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert set(after) - set(before) <= {n for n in after if n.startswith("generative_head.")}
+    kept = config_of(back)
+    for name, value in config_of(source).items():
+        assert name == "ae_path" or kept[name] == value, name
+    assert_same(checkpoint.load(source), checkpoint.load(back))
+    if part == "calm_energy":  # which the official class loads the autoencoder from
+        assert kept["ae_path"] == str(back / "autoencoder")
+        assert_same(checkpoint.load(kept["ae_path"]), checkpoint.load(source).ae_model)
+    # what is tied is stored once: no larger than the original by more than the second head's names
+    size = (back / checkpoint.OFFICIAL_TENSORS).stat().st_size
+    assert size < 1.05 * (source / checkpoint.OFFICIAL_TENSORS).stat().st_size
+
+
+def test_dtype_is_said_where_it_was(autoencoder, tmp_path):
+    source, target = tmp_path / "autoencoder", tmp_path / "out"
+    values = config_of(source) | {"torch_dtype": "float32", "made_by": "me"}
+    (source / checkpoint.CONFIG).write_text(json.dumps(values))
+    convert(source, target, "--dtype", "bfloat16")
+    assert config_of(target)["torch_dtype"] == "bfloat16"
+    assert config_of(target)["made_by"] == "me" and "dtype" not in config_of(target)
+
+
+def test_shards(autoencoder, tmp_path):
+    target = tmp_path / "shards"
+    checkpoint.save(autoencoder, target, max_shard_bytes=8000)
+    assert_same(autoencoder, checkpoint.load(target))
+    assert_whole(checkpoint.load(target))
+    where = json.loads((target / INDEX).read_text())
+    files = sorted(target.glob("*.safetensors"))
+    assert len(files) > 3 and {f.name for f in files} == set(where["weight_map"].values())
+    tensors = [load_file(file) for file in files]
+    for part in tensors:
+        assert len(part) == 1 or sum(t.nbytes for t in part.values()) <= 8000
+    total = sum(t.nbytes for part in tensors for t in part.values())
+    assert where["metadata"]["total_size"] == total
+
+
+def test_files_that_would_hide_the_new_ones_are_named(autoencoder, tmp_path):
+    source = tmp_path / "autoencoder"
+    for options in (["--layout", "official"], ["--max-shard-size", "0.1"]):
+        assert cli.main(["convert", str(source), str(source), *options]) == 2
+        assert_same(autoencoder, checkpoint.load(source))
+    with pytest.raises(ValueError, match=r"path: expected a folder without model\.safetensors"):
+        checkpoint.save(autoencoder, source, layout="official")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "other"}, "layout: expected one of calm_rt, official, got 'other'"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes: expected None or at least 1, got 0"),
+        ({"layout": "official", "max_shard_bytes": 9}, "max_shard_bytes: expected None in layout"),
+    ],
+)
+def test_bad_settings(autoencoder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save(autoencoder, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+from calm_rt import cli
+from calm_rt.benchmark import _resident
+assert cli.main(["convert", "tiny", "first"]) == 0
+before = _resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+assert cli.main(["convert", "big", "out", "--max-shard-size", "0.05"]) == 0
+print(_resident("VmHWM") - before)
+"""
+
+
+def test_a_large_model_takes_no_second_copy(tmp_path):
+    """Its parameters, and the mapping of one file of the source at a time."""
+    sizes = {"tiny": {}, "big": {"vocab_size": 100_000, "hidden_size": 256}}
+    for name, changes in sizes.items():
+        config = AutoencoderConfig(**SIZES | changes, latent_size=8)
+        checkpoint.save(Autoencoder(config), tmp_path / name, max_shard_bytes=10**9)
+    size = sum(file.stat().st_size for file in (tmp_path / "big").iterdir())
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CONVERT]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert size > 100e6 and int(run.stdout.splitlines()[-1]) < 2.3 * size
+
+
+# ---- the hub ----
+
+
+class FakeHub(SimpleNamespace):
+    """What of huggingface_hub is used: repositories are folders here."""
+
+    def __init__(self, root):
+        super().__init__(root=root, fetched=[])
+
+    def list_repo_files(self, name):
+        if not (self.root / name).is_dir():
+            raise OSError(f"404, no {name}\nmore")
+        return [path.name for path in (self.root / name).iterdir()]
+
+    def snapshot_download(self, name, allow_patterns):
+        self.fetched.append((name, allow_patterns))
+        return str(self.root / name)
+
+
+@pytest.fixture
+def hub(autoencoder, tmp_path, monkeypatch):
+    folder = tmp_path / "hub" / "owner" / "model"
+    autoencoder.save(folder)
+    train_tokenizer(__file__, 300, folder)
+    fake = FakeHub(tmp_path / "hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    return fake
+
+
+def test_a_repository_is_fetched_where_that_is_asked_for(hub, autoencoder, tmp_path):
+    assert_same(autoencoder, calm_rt.load("owner/model", hub=True))
+    assert calm_rt.load_tokenizer("owner/model", hub=True).vocab_size == 300
+    [patterns, _] = [patterns for _, patterns in hub.fetched]
+    assert "model*.safetensors*" in patterns and "pytorch_model*" not in patterns
+    output = str(tmp_path / "out")
+    assert cli.main(["convert", "owner/model", output, "--hub"]) == 0
+    assert_same(autoencoder, calm_rt.load(output))
+    assert_same(autoencoder, calm_rt.load(tmp_path / "autoencoder", hub=True))  # a folder is one
+    assert len(hub.fetched) == 3
+
+
+def test_nothing_is_fetched_otherwise(hub, capsys):
+    with pytest.raises(FileNotFoundError, match=r"owner/model: no such folder; hub=True \(--hub\)"):
+        calm_rt.load("owner/model")
+    with pytest.raises(FileNotFoundError, match="hub=True"):
+        calm_rt.load_tokenizer("owner/model")
+    assert cli.main(["generate", "--model", "owner/model"]) == 2
+    assert "--hub" in capsys.readouterr().err and not hub.fetched
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("owner/none", r"hub: cannot fetch owner/none \(404, no owner/none\)"),
+        ("none", "path: expected a folder or owner/name, got none"),
+        ("a/b/c", "path: expected a folder or owner/name"),
+    ],
+)
+def test_repositories_that_are_not_there(hub, path, message):
+    with pytest.raises(ValueError, match=message):
+        calm_rt.load(path, hub=True)
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="hub: needs the package huggingface_hub"):
+        calm_rt.load("owner/name", hub=True)
+
+
+def test_no_network_is_used(folder):
+    """Loading, tokenizing and generating with every connection refused."""
+    program = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.socket.connect_ex = refuse\n"
+        "socket.getaddrinfo = socket.create_connection = refuse\n"
+        "import calm_rt\n"
+        "folder = sys.argv[1]\n"
+        "tokenizer = calm_rt.load_tokenizer(folder)\n"
+        "assert tokenizer.encode('def main')\n"
+        "generator = calm_rt.Generator(calm_rt.load(folder), tokenizer)\n"
+        "assert generator.generate(['def main'], max_new_tokens=4)[0].ids\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, folder / "calm"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@needs_golden
+def test_single_names_in_safetensors(tmp_path):
+    """As the hub's converter leaves an official folder: the alphabetically first of twins."""
+    tensors = tensors_of(GOLDEN / "official_k4" / "autoencoder")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / checkpoint.CONFIG).write_text(
+        (GOLDEN / "official_k4" / "autoencoder" / checkpoint.CONFIG).read_text()
+    )
+    first = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
+    save_file(first, folder / checkpoint.TENSORS, {"format": "pt", EMBEDDING: ALIAS})
+    convert(folder, tmp_path / "out", "--layout", "official")
+    assert tensors_of(tmp_path / "out").keys() == tensors.keys()
