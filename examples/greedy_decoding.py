@@ -1,0 +1,41 @@
+"""Greedy decoding of any causal LM of `transformers` without logits: linear_argmax.
+
+    python examples/greedy_decoding.py --model FOLDER --steps 20
+
+Without a model a small random one shows that the tokens are those of generate(do_sample=False).
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from calm_rt import ops
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model")
+parser.add_argument("--steps", type=int, default=20)
+options = parser.parse_args()
+torch.manual_seed(0)
+if options.model:
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+else:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=5000, num_hidden_layers=2, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+model.eval()
+prompt = torch.randint(model.config.vocab_size, (2, 5))
+vocabulary = model.get_output_embeddings().weight  # [V, H]; no bias, as in most models
+
+ids, cache = prompt, None
+with torch.no_grad():
+    for _ in range(options.steps):
+        new = ids if cache is None else ids[:, -1:]
+        out = model.base_model(new, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        token = ops.linear_argmax(out.last_hidden_state[:, -1], vocabulary)  # [B], no [B, V]
+        ids = torch.cat([ids, token[:, None]], 1)
+    known = model.generate(
+        prompt, max_new_tokens=options.steps, min_new_tokens=options.steps, do_sample=False
+    )
+print(f"{ids[0, 5:].tolist()}: the same as generate: {torch.equal(ids, known)}")
