@@ -72,7 +72,7 @@ def parse_temperature(temperature: float | Fraction | str, method: str = "pool")
         return value
     n = math.floor(1 / value)
     raise ValueError(
-        f"temperature: expected {expected}, got {temperature}; the nearest are 1/{n + 1} and "
+        f"temperature: expected {expected}, got {_shortly(value)}; the nearest are 1/{n + 1} and "
         f'{Fraction(1, n)}, and method="exact" takes any'
     )
 
@@ -219,7 +219,7 @@ def sample_by_rejection(
     if on_budget == "raise":
         rows = draws.rows[missing].tolist()
         raise BudgetError(
-            f"algorithm 1 at temperature {temperature}: no patch within max_draws = {max_draws} "
+            f"algorithm 1 at temperature {_shortly(temperature)}: no patch in {max_draws} draws "
             f"in {len(missing)} of {len(result.found)} contexts, the first with row id {rows[0]}; "
             'raise max_draws, or pass on_budget="pool"'
         )
@@ -232,6 +232,11 @@ def sample_by_rejection(
     sample.draws[missing] += rest.draws
     sample.slots[missing] += rest.slots
     return sample
+
+
+def _shortly(value: Fraction) -> str:
+    """A fraction as it may have been written: 1/3, or 0.7 for the double that is nearest to it."""
+    return str(value) if value.denominator < 1000 else f"{float(value):.6g}"
 
 
 def _check_prefix(model: Calm, hidden: Tensor, prefix: Tensor) -> None:

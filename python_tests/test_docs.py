@@ -1,0 +1,123 @@
+"""Every code block of README and docs runs; the page of the ops is what the docstrings say."""
+
+import argparse
+import importlib.util
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from official_standin import build
+
+from calm_rt import cli, ops
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN = {"tokenize", "train-autoencoder", "train", "evaluate", "generate", "plan", "info"}
+
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not in a checkout")
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [text for language, text in BLOCK.findall(page.read_text()) if language in languages]
+
+
+@pytest.fixture
+def here(folder, tmp_path, monkeypatch) -> Path:
+    """A working directory with the files that the pages name."""
+    shutil.copytree(folder / "calm", tmp_path / "runs" / "quickstart")
+    shutil.copytree(folder / "data", tmp_path / "runs" / "quickstart" / "data")
+    shutil.copytree(folder / "data", tmp_path / "data")
+    shutil.copyfile(folder / "corpus.jsonl", tmp_path / "corpus.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks_run_in_order(page: Path, here: Path) -> None:
+    torch.manual_seed(0)
+    names = {
+        "x": torch.randn(3, 5, 6, requires_grad=True),  # [S, R, L]
+        "mean": torch.randn(5, 6),
+        "log_std": torch.randn(5, 6),
+        "row_ids": torch.arange(5),
+        "step": 0,
+        "hidden": torch.randn(4, 8),
+        "weight": torch.randn(20, 8),
+        "official_model": build("EnergyTransformer"),
+    }
+    for text in blocks(page, "python"):
+        exec(compile(text, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_exist(page: Path, here: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for text in blocks(page, "sh", ""):
+        for line in re.findall(r"^(?:make|calm-rt) .*", text, re.MULTILINE):
+            program, *words = shlex.split(line, comments=True)
+            if program == "make":
+                assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), line
+            else:
+                check_command(words)
+
+
+def check_command(arguments: list[str]) -> None:
+    """Runs what takes a moment; the rest must be arguments that the parser knows."""
+    if arguments[0] not in RUN or "quickstart" in arguments[:1]:
+        try:
+            options = cli.build_parser().parse_args(arguments)
+        except SystemExit as stop:  # --help
+            assert stop.code == 0, arguments
+        else:
+            assert isinstance(options, argparse.Namespace)
+        return
+    if arguments[0] in ("tokenize", "train-autoencoder", "train"):
+        target = Path(arguments[arguments.index("--output") + 1])
+        if target.exists():
+            shutil.rmtree(target)
+    assert cli.main(arguments) == 0, arguments
+
+
+def test_page_of_the_ops_is_what_the_docstrings_say() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert (ROOT / "docs" / "ops.md").read_text() == generate.page(), "run make docs"
+    assert all(f"## {name}\n" in generate.page() for name in ops.__all__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_op_shows_in_the_profiler_under_its_name() -> None:
+    from calm_rt.testing import CASES
+
+    for op in ops.__all__:
+        case = next(case for case in CASES if case.op == op and not case.benchmark)
+        arguments = case.make()
+        for grad in (False, True) if op != "encode" else (False,):  # its parts with gradients
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            with (
+                torch.set_grad_enabled(grad),
+                torch.profiler.profile(activities=activities) as profiler,
+            ):
+                getattr(ops, op)(**arguments)
+            counts = {event.key: event.count for event in profiler.key_averages()}
+            assert counts.get(f"calm_rt::{op}") == 1, (op, grad, counts)
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_pytest_benchmarks_finds_every_op(op: str) -> None:
+    from calm_rt.benchmark import benchmark_cases
+
+    source = (ROOT / "benchmarks" / "bench_ops.py").read_text()
+    assert "benchmark_cases" in source or "CASES" in source
+    assert any(str(case).startswith(op) for case in benchmark_cases([op]))
