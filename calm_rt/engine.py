@@ -13,10 +13,14 @@ from torch import Tensor
 
 from calm_rt.nn import Calm, KVCache
 from calm_rt.ops.check import check
-from calm_rt.sampling import BudgetError, sample_patches
-from calm_rt.sequence import TokenSequence
+from calm_rt.replay import Steps
+from calm_rt.sampling import BudgetError, parse_temperature, sample_patches
+from calm_rt.sequence import Sampling, TokenSequence
 
 PREFILL_CHUNK = 1024  # patches: their activations take less than the weights of any usual backbone
+
+MOST_REPLAYS = 8  # graphs that are kept, of batch sizes and settings
+NOT_FINITE = "hidden states are NaN or inf (are the weights damaged?)"
 
 
 class Engine:
@@ -30,13 +34,14 @@ class Engine:
         max_patches: int,
         prefill_chunk: int = PREFILL_CHUNK,
         batch_invariant: bool = False,
+        steps_per_read: int = 1,
     ) -> None:
         """max_batch_size: sequences at once.  max_patches: of one sequence, prompt included.
         prefill_chunk: patches of prompts that one forward pass reads, over all sequences; at least
             one of each is read.
-        batch_invariant: see Generator.
+        batch_invariant, steps_per_read: see Generator.
         """
-        self.model = model
+        self.model, self.steps_per_read = model, steps_per_read
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
         weight = model.transformer.norm.weight
         sizes = (max_batch_size, max_patches)
@@ -46,6 +51,7 @@ class Engine:
             max_batch_size, len(weight), dtype=weight.dtype, device=weight.device
         )
         self.sequences: list[TokenSequence] = []  # sequences[i] holds slot i
+        self._replays: dict[tuple[int, Sampling], Steps] = {}  # by batch size and settings
 
     @property
     def free(self) -> int:
@@ -75,9 +81,12 @@ class Engine:
     def step(self) -> list[TokenSequence]:
         """Draws one patch for every unfinished sequence; finished ones are released before.
 
+        With steps_per_read up to so many for each, once none is left to begin.
         returns: the sequences that got one.
         """
         self._release_finished()
+        if self._may_run_blindly():
+            return self._run_blindly()
         self._read_patches()
         self._release_finished()  # those whose states are not finite
         groups: dict[object, list[int]] = {}
@@ -89,6 +98,37 @@ class Engine:
         for slots in groups.values():
             self._draw(slots)
         return [sequence for sequence in self.sequences if not sequence.error]
+
+    def _may_run_blindly(self) -> bool:
+        kinds = {sequence.sampling for sequence in self.sequences}
+        begun = all(sequence.unread for sequence in self.sequences)
+        alike = len(kinds) == 1 and begun and not self.batch_invariant
+        return self.steps_per_read > 1 and alike and kinds.pop().method == "pool"
+
+    def _run_blindly(self) -> list[TokenSequence]:
+        """Several steps of all sequences, of which each keeps those up to its end."""
+        sequences, patch_size = self.sequences, self.model.config.patch_size
+        size, sampling = len(sequences), sequences[0].sampling
+        steps = self._replays.get((size, sampling))
+        if steps is None:
+            if len(self._replays) == MOST_REPLAYS:
+                del self._replays[next(iter(self._replays))]  # the oldest
+            slots = self.cache.slots(0, size)
+            steps = Steps(self.model, slots, sampling, self.steps_per_read)
+            self._replays[size, sampling] = steps
+        longest = max(-(-sequence.room // patch_size) for sequence in sequences)
+        last = self._tensor([sequence.last_patch for sequence in sequences])
+        rows = self._tensor([sequence.name << 32 | sequence.steps for sequence in sequences])
+        drawn = steps.run(last, rows, min(self.steps_per_read, longest))
+        one = parse_temperature(sampling.temperature) == 1
+        draws = 1 if one else sampling.num_candidates
+        for patches, finite in zip(*(part.tolist() for part in drawn), strict=True):
+            for sequence, patch, good in zip(sequences, patches, finite, strict=True):
+                if not good and not sequence.finished:
+                    sequence.fail(NOT_FINITE)
+                elif not sequence.finished:
+                    sequence.extend(patch, draws, draws * patch_size, one)
+        return [sequence for sequence in sequences if not sequence.error]
 
     def release(self, sequence: TokenSequence) -> None:
         """Frees the sequence's slot, finished or not; nothing happens where it has none."""
@@ -154,7 +194,7 @@ class Engine:
         finite = self.hidden[first:last].isfinite().all(-1).tolist()
         for sequence, good in zip(self.sequences[first:last], finite, strict=True):
             if not good:
-                sequence.fail("hidden states are NaN or inf (are the weights damaged?)")
+                sequence.fail(NOT_FINITE)
 
     def _draw(self, slots: list[int]) -> None:
         """Draws the next patch of these slots, whose sequences share their settings."""

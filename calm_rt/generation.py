@@ -52,6 +52,7 @@ class Generator:
         prefill_chunk: int = PREFILL_CHUNK,
         batch_invariant: bool = False,
         screen: bool = True,
+        steps_per_read: int = 1,
     ) -> None:
         """max_batch_size: sequences at once; others wait until one has finished.
         max_patches: of one sequence in the loop of one's own, which fixes its cache; None for the
@@ -62,8 +63,13 @@ class Generator:
             B steps of one: at temperature 1 nothing is gained by a batch; below it little is lost,
             for a pool fills the matrix products by itself.
         screen: on a CPU, decode through `nn.screen_decoder`: same tokens sooner, for V H bytes.
+        steps_per_read: steps of the whole batch before the host looks at what was drawn, where all
+            its sequences have the same settings and method "pool". On a GPU each of them is one
+            replay of a CUDA graph; the draws are the same, pools are decoded whole, and a sequence
+            that ends in between wastes what is left of them.
         raises: ValueError for a model or tokenizer that does not fit.
         """
+        check(steps_per_read >= 1, "steps_per_read", "at least 1", steps_per_read)
         kind = "a Calm (a language model, not an autoencoder)"
         check(isinstance(model, Calm), "model", kind, type(model).__name__)
         config = model.config
@@ -84,6 +90,7 @@ class Generator:
         self.start_id = start_id(config)
         self.max_batch_size, self.max_patches = max_batch_size, max_patches
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
+        self.steps_per_read = steps_per_read
         self._engine: Engine | None = None  # of the loop of one's own
 
     def generate(
@@ -184,7 +191,7 @@ class Generator:
         return sequences
 
     def step(self) -> list[TokenSequence]:
-        """Draws one patch for every unfinished sequence that `prefill` gave.
+        """Draws a patch, or up to steps_per_read, for every unfinished sequence of `prefill`.
 
         returns: the sequences that got one. Finished ones have left the cache at the next step.
         """
@@ -249,6 +256,7 @@ class Generator:
             max_patches=max_patches,
             prefill_chunk=self.prefill_chunk,
             batch_invariant=self.batch_invariant,
+            steps_per_read=self.steps_per_read,
         )
 
     def _engine_for(self, sequences: Sequence[TokenSequence]) -> Engine:

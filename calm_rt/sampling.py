@@ -122,7 +122,7 @@ def sample_patches(
         _check_prefix(model, hidden, prefix)
     seed, rows = seed_and_rows(seed, rows, len(hidden), hidden.device)
     if temperature == 1 and prefix is None:
-        patches = model.ae_model.decode(model.sample(hidden, 1, seed, rows)[0])
+        patches = sample_whole(model, hidden, temperature, 1, seed, rows)
         draws = torch.ones_like(rows)
         return PatchSample(patches, draws, draws * patches.shape[1], draws > 0)
 
@@ -137,6 +137,27 @@ def sample_patches(
         else:
             parts.append(sample_from_pool(draws, temperature, num_candidates, max_draws, known))
     return PatchSample(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def sample_whole(
+    model: Calm,
+    hidden: Tensor,
+    temperature: Fraction,
+    num_candidates: int,
+    seed: Tensor,
+    rows: Tensor,
+) -> Tensor:
+    """What `sample_patches` draws at T = 1 or by pools, decoded whole: nothing waits for the host.
+
+    hidden: [B, H].  temperature: of parse_temperature.  seed: [] int64.  rows: [B] int64.
+    returns: [B, K] int64.
+    """
+    if temperature == 1:
+        return model.ae_model.decode(model.sample(hidden, 1, seed, rows)[0])
+    contexts = contexts_at_once(model, num_candidates)
+    parts = zip(hidden.split(contexts), rows.split(contexts), strict=True)
+    n = _level(temperature, num_candidates)
+    return torch.cat([_whole_pool(Draws(model, h, seed, r), n, num_candidates) for h, r in parts])
 
 
 def contexts_at_once(model: Calm, count: int) -> int:
@@ -162,13 +183,11 @@ def sample_from_pool(
 
     first_round: number of the first pool's round.
     """
-    n = min(temperature.denominator, num_candidates) if temperature else num_candidates
+    n = _level(temperature, num_candidates)
     if prefix is None and decodes_whole(draws, num_candidates):
-        pool = draws.whole_patches(first_round, num_candidates)  # [B, S, K]
-        chosen = ops.select_patch(pool, n=n, seed=draws.seed, rows=draws.rows)
-        drawn = torch.full_like(chosen, num_candidates)
-        patches = pool[torch.arange(len(pool), device=pool.device), chosen]
-        exact = torch.zeros_like(chosen, dtype=torch.bool)
+        patches = _whole_pool(draws, n, num_candidates, first_round)
+        drawn = torch.full_like(draws.rows, num_candidates)
+        exact = torch.zeros_like(drawn, dtype=torch.bool)
         return PatchSample(patches, drawn, drawn * draws.patch_size, exact)
     num_contexts, device = len(draws.rows), draws.rows.device
     patches = torch.full((num_contexts, draws.patch_size), -1, device=device)
@@ -202,6 +221,18 @@ def sample_from_pool(
     return PatchSample(patches, drawn, slots, exact)
 
 
+def _level(temperature: Fraction, num_candidates: int) -> int:
+    """How often a patch must occur to compete, if any does; T = 0 asks for the most frequent."""
+    return min(temperature.denominator, num_candidates) if temperature else num_candidates
+
+
+def _whole_pool(draws: Draws, n: int, num_candidates: int, number: int = 0) -> Tensor:
+    """Algorithm 2 on a round of draws, all decoded.  returns: [B, K] int64."""
+    pool = draws.whole_patches(number, num_candidates)  # [B, S, K]
+    chosen = ops.select_patch(pool, n=n, seed=draws.seed, rows=draws.rows)  # [B]
+    return pool[torch.arange(len(pool), device=pool.device), chosen]
+
+
 def sample_by_rejection(
     draws: Draws,
     temperature: Fraction,
@@ -219,7 +250,7 @@ def sample_by_rejection(
     if on_budget == "raise":
         rows = draws.rows[missing].tolist()
         raise BudgetError(
-            f"algorithm 1 at temperature {_shortly(temperature)}: no patch in {max_draws} draws "
+            f"algorithm 1 at temperature {_shortly(temperature)}: no patch within max_draws = {max_draws} "
             f"in {len(missing)} of {len(result.found)} contexts, the first with row id {rows[0]}; "
             'raise max_draws, or pass on_budget="pool"'
         )

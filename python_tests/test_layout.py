@@ -94,6 +94,7 @@ def test_imports_go_one_way() -> None:
         ["rejection"],
         ["sampling", "evaluation", "training", "losses", "brier"],
         ["sequence"],
+        ["replay"],
         ["engine"],
         ["generation"],
         ["quickstart", "planning", "cli", "patching", "patched"],
