@@ -250,8 +250,9 @@ def sample_by_rejection(
     if on_budget == "raise":
         rows = draws.rows[missing].tolist()
         raise BudgetError(
-            f"algorithm 1 at temperature {_shortly(temperature)}: no patch within max_draws = {max_draws} "
-            f"in {len(missing)} of {len(result.found)} contexts, the first with row id {rows[0]}; "
+            f"algorithm 1 at temperature {_shortly(temperature)}: no patch within "
+            f"max_draws = {max_draws} in {len(missing)} of {len(result.found)} contexts, the first "
+            f"with row id {rows[0]}; "
             'raise max_draws, or pass on_budget="pool"'
         )
     nearest = Fraction(1, round(1 / temperature))
