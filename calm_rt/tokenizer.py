@@ -94,7 +94,7 @@ def load_tokenizer(path: PathLike, *, hub: bool = False) -> Tokenizer:
     raises: ValueError for a missing or foreign file; Llama-3's tokenizer.model (tiktoken's format)
         is recognised, and the error points to its tokenizer.json.
     """
-    path = local_folder(path, hub)
+    path = local_folder(path, hub, tokenizer=True)
     if path.is_dir():
         model, other = path / "tokenizer.model", path / "tokenizer.json"
         if not model.is_file() and not other.is_file():
