@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from calm_rt import checkpoint, evaluation, tensor_files, training
+from calm_rt import checkpoint, evaluation, training
 from calm_rt.arguments import (
     device_of,
     documents_of,
@@ -42,7 +42,8 @@ def fetch(options: Namespace) -> None:
     for name in ("model", "tokenizer", "source"):
         value = getattr(options, name, None)
         if value is not None:
-            setattr(options, name, str(local_folder(value, hub=True)))
+            folder = local_folder(value, hub=True, tokenizer=name == "tokenizer")
+            setattr(options, name, str(folder))
 
 
 def quickstart(options: Namespace) -> None:
@@ -181,20 +182,19 @@ def evaluate(options: Namespace) -> None:
 def convert(options: Namespace) -> None:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     source, output = Path(options.source), Path(options.output)
-    model = checkpoint.load(source, dtype=dtype)
     shard = None if options.max_shard_size is None else int(options.max_shard_size * 1e9)
-    settings = {"layout": options.layout, "max_shard_bytes": shard}
-    fields = tensor_files.read_json(source / checkpoint.CONFIG)
-    checkpoint.save(model, output, fields=fields, **settings)
+    settings = {"layout": options.layout, "max_shard_bytes": shard, "dtype": dtype}
+    converted = checkpoint.convert(source, output, **settings)
     for folder in {output, *([output / "autoencoder"] if options.layout == "official" else [])}:
         if folder.is_dir():
             copy_tokenizer(source, folder)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    report = {"model": type(model).__name__, "parameters": count, "folder": options.output}
+    kind = type(converted.model).__name__
+    count = sum(tensor.numel() for tensor in converted.meta.values())
+    report = {"model": kind, "parameters": count, "folder": options.output}
     if options.json:
         _print_json(report)
     else:
-        print(f"{options.output}: {type(model).__name__} with {count:,} parameters")
+        print(f"{options.output}: {kind} with {count:,} parameters")
 
 
 def bench(options: Namespace) -> None:

@@ -14,11 +14,12 @@ TOKENIZERS = (
 )
 
 
-def local_folder(path: str | Path, hub: bool) -> Path:
+def local_folder(path: str | Path, hub: bool, *, tokenizer: bool = False) -> Path:
     """A folder as it is; with `hub`, where there is none, a repository's files on this machine.
 
     path: of a folder, or "owner/name".
     hub: whether `huggingface_hub` may look there; it keeps what it fetched.
+    tokenizer: fetch the tokenizer alone, not the model with it.
     raises: FileNotFoundError that says how where path can only be a repository and hub is False;
         ValueError without `huggingface_hub` or where it cannot get the files.
     """
@@ -36,10 +37,12 @@ def local_folder(path: str | Path, hub: bool) -> Path:
     except ImportError:
         raise ValueError("hub: needs the package huggingface_hub, which is not here") from None
     try:
-        files = huggingface_hub.list_repo_files(name)
-        safe = any(file.startswith("model.safetensors") for file in files)
-        weights = "model*.safetensors*" if safe else "pytorch_model*"  # either holds all tensors
-        wanted = ["config.json", weights, *TOKENIZERS]
+        wanted = list(TOKENIZERS)
+        if not tokenizer:
+            files = huggingface_hub.list_repo_files(name)
+            safe = any(file.startswith("model.safetensors") for file in files)
+            weights = "model*.safetensors*" if safe else "pytorch_model*"  # either holds all
+            wanted += ["config.json", weights]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # of the network, the hub, the disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

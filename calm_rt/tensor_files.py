@@ -2,11 +2,12 @@
 
 Nothing is allocated from what a file claims: tensors are mapped from the file and must be as large
 as the bytes that are there. What comes back is such a mapping; copy what shall outlive the file.
+Models, which may be larger than memory, are read and written one tensor after another.
 """
 
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,48 @@ from torch import Tensor
 
 from calm_rt.atomic import replace
 
+FORMAT = {"format": "pt"}  # the metadata that transformers wants to see
+DTYPE_NAMES = {  # in the header of a safetensors file
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+class StoredTensors:
+    """The tensors of some files by name, each mapped from its file when it is asked for.
+
+    meta: their shapes and types, on the meta device.  files: where each is.
+    window: after so many bytes a file is mapped anew, for what was read stays in memory while the
+        mapping does; None keeps one mapping, for tensors that are needed all at once.
+    raises: as read_tensors, and ValueError for a tensor that is in two files.
+    """
+
+    def __init__(self, paths: list[Path], window: int | None) -> None:
+        self._window = window
+        self.meta: dict[str, Tensor] = {}
+        self.files: dict[str, Path] = {}
+        self._mapped: dict[Path, dict[str, Tensor]] = {}
+        self._read = 0
+        for path in paths:
+            for name, tensor in read_tensors(path).items():
+                if name in self.files:
+                    raise ValueError(f"{path}: tensor {name} is in {self.files[name].name} too")
+                self.meta[name], self.files[name] = tensor.to("meta"), path
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, expected = self.files[name], self.meta[name]
+        if self._window is not None and self._read > self._window:
+            self._mapped, self._read = {}, 0
+        if path not in self._mapped:
+            self._mapped[path] = read_tensors(path)
+        tensor = self._mapped[path].get(name)
+        if tensor is None or (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(f"{path}: tensor {name} changed while the file was read")
+        self._read += tensor.nbytes
+        return tensor
+
 
 def write_tensors(
     path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
@@ -26,26 +69,64 @@ def write_tensors(
     replace(Path(path), lambda temporary: save_file(plain, temporary, metadata))
 
 
-def write_shards(
-    path: Path, tensors: dict[str, Tensor], max_bytes: int, metadata: dict[str, str]
+def stream_tensors(
+    path: str | Path,
+    meta: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes tensors into safetensors files of at most max_bytes, or of one tensor that is larger.
+    """Writes a safetensors file, whole or not at all, asking for one tensor after another.
 
-    path: as of a single file, model.safetensors; the files are model-00001-of-0000N.safetensors
-        and, last, the index model.safetensors.index.json, which says what is where.
+    The library's writer takes all tensors at once.
+    meta: shapes and floating-point types by name.  read: gives the tensor of a name.
     """
-    groups: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        held = sum(part.nbytes for part in groups[-1].values())
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    names = sorted(meta, key=lambda name: (-meta[name].itemsize, name))  # all aligned that way
+    end = 0
+    for name in names:
+        start, end = end, end + meta[name].nbytes
+        kind, shape = DTYPE_NAMES[meta[name].dtype], list(meta[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                tensor = read(name).detach().to("cpu", meta[name].dtype).contiguous()
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+    replace(Path(path), write)
+
+
+def write_shards(
+    path: Path, meta: Mapping[str, Tensor], read: Callable[[str], Tensor], max_bytes: int | None
+) -> None:
+    """Writes safetensors files of at most max_bytes, or of one tensor that is larger.
+
+    path: of a single file, model.safetensors; with max_bytes the files are
+        model-00001-of-0000N.safetensors and, last, the index model.safetensors.index.json, which
+        says what is where.
+    meta, read: as of stream_tensors.
+    """
+    if max_bytes is None:
+        stream_tensors(path, meta, read, FORMAT)
+        return
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, tensor in meta.items():
         if groups[-1] and held + tensor.nbytes > max_bytes:
-            groups.append({})
-        groups[-1][name] = tensor
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += tensor.nbytes
     where = {}
     for number, group in enumerate(groups, 1):
         shard = path.with_stem(f"{path.stem}-{number:05}-of-{len(groups):05}")
-        write_tensors(shard, group, metadata)
+        stream_tensors(shard, {name: meta[name] for name in group}, read, FORMAT)
         where |= dict.fromkeys(group, shard.name)
-    size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+    size = {"total_size": sum(tensor.nbytes for tensor in meta.values())}
     index = path.with_name(f"{path.name}.index.json")
     write_json(index, {"metadata": size, "weight_map": where})
 

@@ -94,7 +94,7 @@ def load_tokenizer(path: PathLike, *, hub: bool = False) -> Tokenizer:
     raises: ValueError for a missing or foreign file; Llama-3's tokenizer.model (tiktoken's format)
         is recognised, and the error points to its tokenizer.json.
     """
-    path = local_folder(path, hub)
+    path = local_folder(path, hub, tokenizer=True)
     if path.is_dir():
         model, other = path / "tokenizer.model", path / "tokenizer.json"
         if not model.is_file() and not other.is_file():
@@ -116,9 +116,10 @@ class SentencePieceTokenizer:
         data = self.path.read_bytes()
         self.fingerprint = _fingerprint(data)
         if _is_tiktoken(self.path):
+            right = self.path.with_name("tokenizer.json")
+            remedy = f"{right}" if right.is_file() else "the tokenizer.json of the same model"
             raise ValueError(
-                f"tokenizer: {path} is a tiktoken file, which is not supported; use the "
-                f"tokenizer.json of the same model"
+                f"tokenizer: {path} is a tiktoken file, which is not supported; use {remedy}"
             )
         try:
             self._processor = SentencePieceProcessor()
@@ -222,6 +223,7 @@ class HuggingFaceTokenizer:
             raise ValueError(
                 f"tokenizer: {path} is not a tokenizer.json ({str(error).splitlines()[0]})"
             ) from None
+        self._tokenizer.encode_special_tokens = True  # text that spells one stays text
         self.bos_id = self._special_id("bos")
         eos_id = self._special_id("eos")
         if eos_id is None:

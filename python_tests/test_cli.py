@@ -240,7 +240,8 @@ def test_full_disk(folder, fails, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("calm_rt.tensor_files.save_file", full)
+    for writer in ("save_file", "stream_tensors"):
+        monkeypatch.setattr(f"calm_rt.tensor_files.{writer}", full)
     start = ["train-autoencoder", folder / "data", *SHORT, *SIZES, "--steps", 2]
     fails([*start, "--output", tmp_path], "the disk is full", "--output")
     fails(["convert", folder / "calm", tmp_path / "out"], "the disk is full")

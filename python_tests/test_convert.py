@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import ALIAS, EMBEDDING, GOLDEN, assert_same, assert_whole, needs_golden
 
 import calm_rt
-from calm_rt import checkpoint, cli
+from calm_rt import checkpoint, cli, tensor_files
+from calm_rt import hub as hub_module
 from calm_rt.data import train_tokenizer
-from calm_rt.nn import Autoencoder, AutoencoderConfig
+from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 
 SIZES = {"patch_size": 2, "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24}
 INDEX = f"{checkpoint.TENSORS}.index.json"
@@ -53,6 +54,7 @@ def test_official_there_and_back_loses_nothing(version, part, tmp_path):
     kept = config_of(back)
     for name, value in config_of(source).items():
         assert name == "ae_path" or kept[name] == value, name
+    assert kept.keys() - {"ae_path"} == config_of(source).keys() - {"ae_path"}
     assert_same(checkpoint.load(source), checkpoint.load(back))
     if part == "calm_energy":  # which the official class loads the autoencoder from
         assert kept["ae_path"] == str(back / "autoencoder")
@@ -60,6 +62,62 @@ def test_official_there_and_back_loses_nothing(version, part, tmp_path):
     # what is tied is stored once: no larger than the original by more than the second head's names
     size = (back / checkpoint.OFFICIAL_TENSORS).stat().st_size
     assert size < 1.05 * (source / checkpoint.OFFICIAL_TENSORS).stat().st_size
+
+
+@needs_golden
+def test_every_official_layout_becomes_the_same_folder(tmp_path):
+    source = GOLDEN / "official_k4" / "calm_energy"
+    tensors = tensors_of(source)
+    tensors |= {n.replace("mlp_generator", "generative_head"): t for n, t in tensors.items()}
+    layouts = {
+        "both": (),
+        "one embedding": (f"ae_model.{EMBEDDING}",),
+        "other embedding": (f"ae_model.{ALIAS}",),
+        "old head": ("generative_head.",),
+        "new head": ("mlp_generator.",),
+    }
+    convert(source, tmp_path / "expected")
+    expected = (tmp_path / "expected" / checkpoint.TENSORS).read_bytes()
+    for layout, dropped in layouts.items():
+        kept = {n: t.clone() for n, t in tensors.items() if not n.startswith(dropped or "-")}
+        for file in (checkpoint.TENSORS, checkpoint.OFFICIAL_TENSORS):
+            folder = tmp_path / f"{layout} {file}"
+            folder.mkdir()
+            (folder / checkpoint.CONFIG).write_bytes((source / checkpoint.CONFIG).read_bytes())
+            (save_file if file == checkpoint.TENSORS else torch.save)(kept, folder / file)
+            convert(folder, tmp_path / "out")
+            assert (tmp_path / "out" / checkpoint.TENSORS).read_bytes() == expected, folder
+
+
+def test_ours_there_and_back_loses_nothing(autoencoder, tmp_path):
+    """Also what no official language model says of its autoencoder."""
+    inner = AutoencoderConfig(**SIZES, latent_size=8, ae_dropout=0.25)
+    model = Calm(CalmConfig(**SIZES | {"hidden_size": 24}, latent_size=8), inner).eval()
+    model.save(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "official", "--layout", "official")
+    convert(tmp_path / "official", tmp_path / "back")
+    assert_same(model, checkpoint.load(tmp_path / "back"))
+    assert_same(model.ae_model, checkpoint.load(tmp_path / "official" / "autoencoder"))
+    before, after = (tmp_path / name / checkpoint.TENSORS for name in ("ours", "back"))
+    assert before.read_bytes() == after.read_bytes()
+
+
+def test_a_conversion_that_fails_leaves_what_was_there(autoencoder, tmp_path, monkeypatch):
+    source, target = tmp_path / "autoencoder", tmp_path / "shards"
+    checkpoint.save(autoencoder, target, max_shard_bytes=8000)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    seen, write = [], tensor_files.stream_tensors
+
+    def full(*arguments):
+        seen.append(arguments)
+        if len(seen) > 2:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(tensor_files, "stream_tensors", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.convert(source, target, max_shard_bytes=8000, dtype=torch.bfloat16)
+    assert before == {path.name: path.read_bytes() for path in target.iterdir()}
 
 
 def test_dtype_is_said_where_it_was(autoencoder, tmp_path):
@@ -86,6 +144,34 @@ def test_shards(autoencoder, tmp_path):
     assert where["metadata"]["total_size"] == total
 
 
+def test_shards_must_be_what_the_index_says(autoencoder, tmp_path):
+    checkpoint.save(autoencoder, tmp_path / "x", max_shard_bytes=8000)
+    index = tmp_path / "x" / INDEX
+    where = json.loads(index.read_text())["weight_map"]
+    files = list(where.values())
+    name = next(name for name, file in where.items() if files.count(file) > 1)
+    other = next(file for file in where.values() if file != where[name])
+    cases = [
+        (where | {"extra": other}, f"{INDEX}: expected extra in {other}, got nowhere"),
+        (where | {name: other}, f"{INDEX}: expected {name} in {other}, got {where[name]}"),
+        (
+            {n: f for n, f in where.items() if n != name},
+            f"expected {name} in no shard, got {where[name]}",
+        ),
+        (where | {name: "gone.safetensors"}, r"gone\.safetensors: no such file"),
+        *[(where | {name: bad}, "shards in the same folder") for bad in ("..", "", "/etc/passwd")],
+    ]
+    for change, message in cases:
+        index.write_text(json.dumps({"weight_map": change}))
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            checkpoint.load(tmp_path / "x")
+    twice = tmp_path / "x" / other
+    save_file(load_file(twice) | {name: torch.ones(1)}, twice)
+    index.write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(ValueError, match=f"tensor {name} is in .* too"):
+        checkpoint.load(tmp_path / "x")
+
+
 def test_files_that_would_hide_the_new_ones_are_named(autoencoder, tmp_path):
     source = tmp_path / "autoencoder"
     for options in (["--layout", "official"], ["--max-shard-size", "0.1"]):
@@ -110,30 +196,50 @@ def test_bad_settings(autoencoder, tmp_path, options, message):
 
 
 CONVERT = """
-import sys
+import resource
 from pathlib import Path
-from calm_rt import cli
+from calm_rt import checkpoint
 from calm_rt.benchmark import _resident
-assert cli.main(["convert", "tiny", "first"]) == 0
+
+checkpoint.convert("tiny", "ours")
+checkpoint.convert("ours", "official", layout="official")
 before = _resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-assert cli.main(["convert", "big", "out", "--max-shard-size", "0.05"]) == 0
+checkpoint.convert("big", "ours")
 print(_resident("VmHWM") - before)
+size = Path("ours/model.safetensors").stat().st_size
+# a mapping counts here as all of the file
+limit = _resident("VmData") + size + size // 4
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+checkpoint.convert("ours", "official", layout="official")
 """
 
 
-def test_a_large_model_takes_no_second_copy(tmp_path):
-    """Its parameters, and the mapping of one file of the source at a time."""
-    sizes = {"tiny": {}, "big": {"vocab_size": 100_000, "hidden_size": 256}}
+def test_a_model_is_never_in_memory(tmp_path):
+    """300 MB: on the way to ours a window of the file, back a mapping of it and no copy.
+
+    What is mapped of a file leaves memory whenever that is needed.
+    """
+    sizes = {"tiny": {}, "big": {"hidden_size": 1024, "intermediate_size": 4096}}
     for name, changes in sizes.items():
-        config = AutoencoderConfig(**SIZES | changes, latent_size=8)
-        checkpoint.save(Autoencoder(config), tmp_path / name, max_shard_bytes=10**9)
-    size = sum(file.stat().st_size for file in (tmp_path / "big").iterdir())
+        config = AutoencoderConfig(**SIZES | changes, latent_size=8, num_encoder_layers=4)
+        with torch.device("meta"):
+            model = Autoencoder(config)
+        model = model.to_empty(device="cpu").eval()
+        model.decoder.lm_head_weight = model.encoder.embed_tokens.weight
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) + number)
+        checkpoint.save(model, tmp_path / name, layout="official")
+    size = (tmp_path / "big" / checkpoint.OFFICIAL_TENSORS).stat().st_size
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CONVERT]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert size > 100e6 and int(run.stdout.splitlines()[-1]) < 2.3 * size
+    assert size > 300e6 and int(run.stdout) < size / 2
+    tensors = tensors_of(tmp_path / "official")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
 
 
 # ---- the hub ----
@@ -168,8 +274,9 @@ def hub(autoencoder, tmp_path, monkeypatch):
 def test_a_repository_is_fetched_where_that_is_asked_for(hub, autoencoder, tmp_path):
     assert_same(autoencoder, calm_rt.load("owner/model", hub=True))
     assert calm_rt.load_tokenizer("owner/model", hub=True).vocab_size == 300
-    [patterns, _] = [patterns for _, patterns in hub.fetched]
+    [patterns, tokenizers] = [patterns for _, patterns in hub.fetched]
     assert "model*.safetensors*" in patterns and "pytorch_model*" not in patterns
+    assert set(tokenizers) == set(hub_module.TOKENIZERS)
     output = str(tmp_path / "out")
     assert cli.main(["convert", "owner/model", output, "--hub"]) == 0
     assert_same(autoencoder, calm_rt.load(output))

@@ -1,6 +1,7 @@
 """Tokenizers: text comes back exactly, also piece by piece; errors say what to do."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,29 @@ def json_folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def llama_folder(json_folder):
+    """As Llama-3's file says it: words by a pattern, special tokens behind, BOS put before."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pieces, path = tokenizers.pre_tokenizers, json_folder / "tokenizer.json"
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
+    pattern = tokenizers.Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s*[\r\n]+|\s+|.")
+    model.pre_tokenizer = pieces.Sequence(
+        [pieces.Split(pattern, "isolated"), pieces.ByteLevel(False, use_regex=False)]
+    )
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pieces.ByteLevel.alphabet(), show_progress=False
+    )
+    model.train_from_iterator([CODE], trainer)
+    model.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        "<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 300)]
+    )
+    model.save(str(path))
+    return json_folder
+
+
 def test_tokenizer_json(json_folder):
     tokenizer = load_tokenizer(json_folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 300)
@@ -179,6 +203,27 @@ def test_tokenizer_json(json_folder):
     assert streamed(tokenizer, tokenizer.encode("日")[:-1])[-1] == "\ufffd"
     with pytest.raises(ValueError, match="token: "):
         tokenizer.decode([301])
+
+
+def test_tokenizer_of_llama_3(llama_folder):
+    tokenizer = load_tokenizer(llama_folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (300, 301, 302)
+    for text in [*AWKWARD, "a<|end_of_text|>b[PAD]", "12345", CODE]:
+        ids = tokenizer.encode(text)
+        assert max(ids, default=0) < 300  # none special, though the text may spell one
+        assert tokenizer.decode(ids) == text
+        pieces = streamed(tokenizer, ids)
+        assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    assert tokenizer.encode_batch(AWKWARD) == [tokenizer.encode(text) for text in AWKWARD]
+
+
+def test_the_right_file_is_named(json_folder, monkeypatch):
+    right = json_folder / "tokenizer.json"
+    with pytest.raises(ValueError, match=f"is a tiktoken file, .*; use {right}"):
+        load_tokenizer(json_folder / "tokenizer.model")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=f"reading {right} needs: pip install tokenizers"):
+        load_tokenizer(json_folder)
 
 
 def test_special_tokens_named_in_a_file(json_folder):
