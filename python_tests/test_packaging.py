@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from wheel_matrix import SMOKE
 
 import calm_rt
 
@@ -79,6 +80,13 @@ def test_wheel_of_python_alone(source: Path, tmp_path: Path) -> None:
     assert run.stdout.strip() == "[0, 1, 2]"
 
 
+def test_program_of_the_wheel_matrix_runs_here(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SMOKE]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("ok: python"), run.stderr
+
+
 def test_layout_of_kernels(tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     script = ROOT / "packaging" / "export_kernels.py"
@@ -109,6 +117,8 @@ def test_layout_of_kernels(tmp_path: Path) -> None:
     flags = [*config["torch"]["cxx-flags"], "-Icsrc", "-I.", *system]
     flags += ["-DTORCH_EXTENSION_NAME=_calm_rt_a1b2", "-DTORCH_TARGET_VERSION=0x20b000000000000"]
     binding = [[*flags, f"-D{kind}_KERNEL", config["torch"]["src"][0]] for kind in ("CPU", "CUDA")]
-    for arguments in (noise, *binding):
-        command = ["c++", "-fsyntax-only", "-w", *arguments]
-        subprocess.run(command, check=True, cwd=folder)
+    runs = [
+        subprocess.Popen(["c++", "-fsyntax-only", "-w", *arguments], cwd=folder)
+        for arguments in (noise, *binding)
+    ]
+    assert [run.wait() for run in runs] == [0, 0, 0]
