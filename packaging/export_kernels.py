@@ -2,12 +2,14 @@
 
     python packaging/export_kernels.py FOLDER
 
-The folder holds build.toml, the sources as they are, the binding with torch's stable ABI, and a
+The folder holds build.toml (its edition 5), the sources, the binding on torch's stable ABI, and a
 Python package with the ops as the extension registers them: no gradients, checks or reference, for
-which there is calm_rt itself. CPU kernels are compiled once per instruction set, so each set has a
+which there is calm_rt itself. kernel-builder makes one library a backend: the CPU's ops are in one
+and those of CUDA in the other. CPU kernels are compiled once per instruction set, so each set has a
 folder of one-line files with flags of its own.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -16,16 +18,21 @@ from pathlib import Path
 import calm_rt
 
 ROOT = Path(__file__).resolve().parents[1]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
 FLAGS = {  # as in CMakeLists.txt
     "portable": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni "
-    "-mprefer-vector-width=512".split(),
+    "avx2": AVX2,
+    "avx512": [*AVX2, *AVX512, "-mprefer-vector-width=512"],
 }
-COMMON = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+STANDARD = "-std=c++20"  # the builder takes C++17 for torch 2.11
+COMMON = [STANDARD, "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+CAPABILITIES = ["8.0+PTX", "9.0a", "10.0"]  # as in CMakeLists.txt
 BINDING = """\
+#ifdef CUDA_KERNEL
 #define CALM_RT_CUDA
-#define TORCH_TARGET_VERSION 0x020b000000000000
+#endif
+#include "registration.h"  // of kernel-builder
 #include "../csrc/ops.cpp"
 """
 BUILD_INFO = 'inline constexpr const char kBuildInfo[] = "commit=exported\\nversion={}\\n";\n'
@@ -36,6 +43,17 @@ from ._ops import ops
 
 __all__ = ["ops"]
 '''
+FLAKE = """\
+{
+  inputs.kernel-builder.url = "github:huggingface/kernels";
+  outputs =
+    { self, kernel-builder }:
+    kernel-builder.lib.genKernelFlakeOutputs {
+      inherit self;
+      path = ./.;
+    };
+}
+"""
 
 
 def export(folder: Path) -> None:
@@ -44,10 +62,7 @@ def export(folder: Path) -> None:
     ignore = shutil.ignore_patterns("simulator", "host.cpp")
     shutil.copytree(ROOT / "csrc", source, ignore=ignore)
     binding = source / "ops.cpp"
-    # two versions of a kernel may be loaded at once: the namespace is the builder's
-    text = binding.read_text()
-    text = re.sub(r"(STABLE_TORCH_LIBRARY\w*)\(calm_rt,", r"\1(TORCH_EXTENSION_NAME,", text)
-    binding.write_text(text)
+    binding.write_text(_for_the_builder(binding.read_text()))
     (source / "build_info.h").write_text(BUILD_INFO.format(calm_rt.__version__))
     (folder / "torch-ext" / "calm_rt").mkdir(parents=True)
     (folder / "torch-ext" / "torch_binding.cpp").write_text(BINDING)
@@ -59,42 +74,71 @@ def export(folder: Path) -> None:
             line = f'#include "../csrc/kernels/cpu/{path.name}"\n'
             (folder / f"cpu_{isa}" / path.name).write_text(line)
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
+    (folder / "flake.nix").write_text(FLAKE)
     (folder / "build.toml").write_text(_build_file(folder))
 
 
+def _for_the_builder(text: str) -> str:
+    """ops.cpp with the builder's names and its macros for them; the CPU's ops in its library alone.
+
+    Two versions of a kernel may be loaded at once, so the builder names namespace and module.
+    """
+    text, names = re.subn(
+        r"(STABLE_TORCH_LIBRARY(?:_IMPL)?)\(calm_rt,", r"\1_EXPAND(TORCH_EXTENSION_NAME,", text
+    )
+    block = r"STABLE_TORCH_LIBRARY_IMPL_EXPAND\(TORCH_EXTENSION_NAME, CPU, m\) \{.*?\n\}\n"
+    text, blocks = re.subn(block, r"#ifdef CPU_KERNEL\n\g<0>#endif\n", text, flags=re.DOTALL)
+    module = r'extern "C" [^\n]* PyInit__C\(\) \{.*?\n\}\n'
+    text, modules = re.subn(
+        module, "REGISTER_EXTENSION(TORCH_EXTENSION_NAME)\n", text, flags=re.DOTALL
+    )
+    if (names, blocks, modules) != (4, 1, 1):
+        raise RuntimeError("csrc/ops.cpp has changed its shape: see _for_the_builder")
+    return text
+
+
 def _build_file(folder: Path) -> str:
-    files = {kind: _sources(folder, f"cpu_{kind}", "cpp") for kind in FLAGS}
+    general = {"name": "calm-rt", "version": 1, "edition": 5, "license": "MIT"}
+    binding = ["torch-ext/torch_binding.cpp", "csrc/common/isa.cpp"]
     parts = [
-        "[general]",
-        'name = "calm-rt"',
-        "version = 1",
-        'license = "MIT"',
-        'backends = ["cpu", "cuda"]',
-        "\n[torch]",
-        _list("src", ["torch-ext/torch_binding.cpp"]),
-        _list("include", [".", "csrc"]),
-        "\n[torch.stable-abi]",
-        'cpu = "2.11"',
-        'cuda = "2.11"',
+        _table("general", **general, backends=["cpu", "cuda"]),
+        _table("torch", src=binding, include=["csrc"], cxx_flags=[STANDARD]),
+        _table("torch.stable-abi", cpu="2.11", cuda="2.11"),
     ]
     for isa, flags in FLAGS.items():
         defines = [f"-DCALM_ISA={isa}", f"-DCALM_ISA_{isa.upper()}"]
-        parts += [f"\n[kernel.cpu_{isa}]", 'backend = "cpu"', 'depends = ["torch"]']
-        parts += [_list("include", ["csrc"]), _list("cxx-flags", [*COMMON, *flags, *defines])]
-        extra = ["csrc/common/isa.cpp"] if isa == "portable" else []
-        parts.append(_list("src", files[isa] + extra))
-    parts += ["\n[kernel.cuda]", 'backend = "cuda"', 'depends = ["torch"]']
-    parts += [_list("cuda-capabilities", ["8.0", "9.0", "10.0"]), _list("include", ["csrc"])]
-    parts.append(_list("src", _sources(folder, "csrc/kernels/cuda", "cu")))
-    return "\n".join(parts) + "\n"
+        parts.append(
+            _table(
+                f"kernel.cpu_{isa}",
+                backend="cpu",
+                depends=["torch"],
+                include=["csrc"],
+                cxx_flags=[*COMMON, *flags, *defines],
+                src=_sources(folder, f"cpu_{isa}", "cpp"),
+            )
+        )
+    parts.append(
+        _table(
+            "kernel.cuda",
+            backend="cuda",
+            depends=["torch"],
+            include=["csrc"],
+            cuda_capabilities=CAPABILITIES,
+            cuda_flags=[STANDARD],
+            src=_sources(folder, "csrc/kernels/cuda", "cu"),
+        )
+    )
+    return "\n".join(parts)
 
 
 def _sources(folder: Path, part: str, suffix: str) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in (folder / part).glob(f"*.{suffix}"))
 
 
-def _list(name: str, values: list[str]) -> str:
-    return f"{name} = [{', '.join(repr(value).replace(chr(39), chr(34)) for value in values)}]"
+def _table(title: str, **entries: str | int | list[str]) -> str:
+    """A table of TOML; strings, numbers and lists are written there as in JSON."""
+    lines = [f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in entries.items()]
+    return "\n".join([f"[{title}]", *lines, ""])
 
 
 if __name__ == "__main__":

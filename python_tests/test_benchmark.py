@@ -4,12 +4,15 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from calm_rt import benchmark, cli, costs, official, reference, report, scaling
+from calm_rt import benchmark, cli, costs, official, ops, reference, report, scaling
 from calm_rt.testing import CASES
 
 TINY = [case for case in CASES if str(case) in ("noise-normal", "energy_score-S2-R3-L5-M1")]
@@ -220,6 +223,7 @@ def test_compare(tiny, tmp_path, capsys):
     assert bench("--quick", "--output", first) == 0
     results = results_of(first)
     for row in results["rows"]:
+        row["peak_extra_bytes"] = 5_000_000
         row["median_ms"] *= 3  # the whole machine is slower ...
         if row["op"] == "noise" and row["rival"] == "native":
             row["median_ms"] *= 2  # ... and one row is, too
@@ -231,10 +235,36 @@ def test_compare(tiny, tmp_path, capsys):
     assert "threads: " in printed and "77" in printed
     marked = [line for line in printed.splitlines() if "slower" in line]
     assert len(marked) == 1 and "noise-normal" in marked[0] and "2" in marked[0]
+    header, _, *lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in printed.splitlines()
+        if line.startswith("|")
+    ]
+    for line in (dict(zip(header, line, strict=True)) for line in lines):
+        assert (line["A MB"], line["B MB"]) == ("", "5")
+        # the same work in three or six times the time, within the rounding of a percentage
+        shares = [int(line[f"{name} of its limit"].removesuffix("%")) for name in "AB"]
+        times = 6 if "slower" in line.values() else 3
+        assert abs(shares[0] - times * shares[1]) <= 0.5 + times * 0.5
     assert bench("--compare", first, second, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"slower": ["noise-normal forward"]}
     assert bench("--compare", second, first, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"slower": []}
+
+
+def test_pytest_benchmarks_k_op_finds_every_op():
+    """`pytest benchmarks -k OP` is the profile of a kernel."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    if not folder.is_dir():
+        pytest.skip("not in a checkout")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", str(folder / "bench_ops.py")]
+    run = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    names = [line for line in run.stdout.splitlines() if "::test_op[" in line]
+    for op in ops.__all__:
+        chosen = [name for name in names if op in name.partition("[")[2]]  # what -k OP chooses
+        for rival in ("official", "compiled", "native"):
+            assert any(f"-{rival}-" in name for name in chosen), (op, rival)
 
 
 def test_a_busy_machine_is_named():

@@ -4,17 +4,25 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from wheel_matrix import SMOKE
 
 import calm_rt
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not in a checkout")
+REGISTRATION = """
+#define STABLE_TORCH_LIBRARY_EXPAND(NAME, M) STABLE_TORCH_LIBRARY(NAME, M)
+#define STABLE_TORCH_LIBRARY_IMPL_EXPAND(NAME, DEVICE, M) STABLE_TORCH_LIBRARY_IMPL(NAME, DEVICE, M)
+#define REGISTER_EXTENSION(NAME)
+"""
 BUILD = "from setuptools import build_meta; print(build_meta.build_{}({!r}))"
 
 
@@ -72,6 +80,13 @@ def test_wheel_of_python_alone(source: Path, tmp_path: Path) -> None:
     assert run.stdout.strip() == "[0, 1, 2]"
 
 
+def test_program_of_the_wheel_matrix_runs_here(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SMOKE]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("ok: python"), run.stderr
+
+
 def test_layout_of_kernels(tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     script = ROOT / "packaging" / "export_kernels.py"
@@ -83,8 +98,6 @@ def test_layout_of_kernels(tmp_path: Path) -> None:
     assert len(sources) == len(set(sources)) and all((folder / name).is_file() for name in sources)
     cuda = {path.name for path in (ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")}
     assert {Path(name).name for name in config["kernel"]["cuda"]["src"]} == cuda
-    binding = (folder / "csrc" / "ops.cpp").read_text()
-    assert "(calm_rt, m)" not in binding and "(TORCH_EXTENSION_NAME, m)" in binding
     # the flags of each instruction set are those of the build
     build_file = (ROOT / "CMakeLists.txt").read_text()
     wanted = dict(re.findall(r"set\(ISA_FLAGS_(\w+) (.*)\)", build_file))
@@ -93,9 +106,19 @@ def test_layout_of_kernels(tmp_path: Path) -> None:
         assert set(flags) < set(config["kernel"][f"cpu_{isa}"]["cxx-flags"])
     again = subprocess.run([sys.executable, script, folder], capture_output=True, text=True)
     assert again.returncode != 0 and "does not exist yet" in again.stderr
-    # the portable half compiles in this layout
-    includes = [f"-I{folder / name}" for name in config["kernel"]["cpu_portable"]["include"]]
-    flags = config["kernel"]["cpu_portable"]["cxx-flags"]
-    one = folder / "cpu_portable" / "noise.cpp"
-    command = ["c++", "-std=c++20", "-fsyntax-only", "-w", *flags, *includes, one]
-    subprocess.run(command, check=True)
+    devices = re.search(r"CMAKE_CUDA_ARCHITECTURES (.*?) CACHE", build_file)[1]
+    capabilities = ",".join(config["kernel"]["cuda"]["cuda-capabilities"])
+    assert re.findall(r"\d+a?", devices) == re.findall(r"\d+a?", capabilities.replace(".", ""))
+    # a kernel and the binding of each backend compile in this layout, beside the builder's header
+    (folder / "registration.h").write_text(REGISTRATION)
+    headers = Path(torch.__file__).parent / "include", sysconfig.get_path("include")
+    system = [part for path in headers for part in ("-isystem", path)]
+    noise = [*config["kernel"]["cpu_portable"]["cxx-flags"], "-Icsrc", "cpu_portable/noise.cpp"]
+    flags = [*config["torch"]["cxx-flags"], "-Icsrc", "-I.", *system]
+    flags += ["-DTORCH_EXTENSION_NAME=_calm_rt_a1b2", "-DTORCH_TARGET_VERSION=0x20b000000000000"]
+    binding = [[*flags, f"-D{kind}_KERNEL", config["torch"]["src"][0]] for kind in ("CPU", "CUDA")]
+    runs = [
+        subprocess.Popen(["c++", "-fsyntax-only", "-w", *arguments], cwd=folder)
+        for arguments in (noise, *binding)
+    ]
+    assert [run.wait() for run in runs] == [0, 0, 0]

@@ -1,13 +1,16 @@
-"""Build one wheel and run it in other environments: make wheels.
+"""Build one wheel from the source distribution and run it in other environments: make wheels.
 
-    python python_tests/wheel_matrix.py [PYTHON TORCH ...]
+    python python_tests/wheel_matrix.py [--wheel FILE] [PYTHON TORCH ...]
 
 Each pair is an interpreter and a torch requirement, e.g. python3.12 torch==2.11.0. Every
-environment
-is a fresh one outside the checkout; there the package must load its extension, run its kernel and
-agree with the reference. Downloads several GB for the CUDA builds of torch.
+environment is a fresh one outside the checkout; there the package must load its extension, run
+every kernel and agree with the reference. A pair whose Python or torch cannot be had is skipped and
+said to be; downloads several GB for the CUDA builds of torch. CPU builds are `torch==2.11.0+cpu`:
+PIP_EXTRA_INDEX_URL names an index that has them.
 """
 
+import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -16,33 +19,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "wheels"
-MATRIX = [
-    "python3.11",
-    "torch==2.13.0",
-    "python3.11",
-    "torch==2.14.1",
-    "python3.12",
-    "torch==2.11.0",
-]
+PYTHONS = ("python3.11", "python3.12")
+TORCHES = ("torch==2.11.0", "torch==2.13.0", "torch==2.14.1")
+BUILDS = ("", "+cpu")  # PyPI's own have CUDA
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so")
 
 SMOKE = """
 import warnings; warnings.simplefilter("error")
-import sys, torch, calm_rt
-from calm_rt import _native, ops, testing
-case = next(case for case in testing.CASES if case.op == "energy_score")
-results = {}
-for backend in ("native", "reference"):
-    arguments = case.make()
-    with calm_rt.backend(backend):
-        score = ops.energy_score(**arguments)
-    leaves = case.leaves(arguments)
-    results[backend] = [score.detach(), *torch.autograd.grad(score.sum(), leaves)]
-torch.testing.assert_close(results["native"], results["reference"], rtol=1e-4, atol=1e-5)
+import sys, numpy, torch, calm_rt
+from calm_rt import _native, host, ops, testing
+for op in ops.__all__:
+    case = next(case for case in testing.CASES if case.op == op and not case.benchmark)
+    results = {}
+    for backend in ("native", "reference"):
+        arguments = case.make()
+        with calm_rt.backend(backend):
+            result = getattr(ops, op)(**arguments)
+        tensors = list(result) if isinstance(result, tuple) else [result]
+        if case.gradients:
+            leaves = case.leaves(arguments)
+            tensors += torch.autograd.grad(sum(t.sum() for t in tensors), leaves)
+        results[backend] = [tensor.detach() for tensor in tensors]
+    torch.testing.assert_close(results["native"], results["reference"], rtol=1e-4, atol=1e-4)
+words = host.philox4x32(numpy.zeros((1, 4), numpy.uint32), 0)
+assert words.tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]  # of the Philox paper
 build = _native.build_info()
 print(f"ok: python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
 print(f"    built against {build['built_against_torch']} with CUDA {build['cuda'] or None},",
-      f"CUDA kernels usable: {torch.ops.calm_rt.has_cuda()}")
+      f"CUDA kernels usable: {torch.ops.calm_rt.has_cuda()},",
+      f"_host: {'C++' if host._host else 'numpy'}")
 """
 
 
@@ -51,21 +56,38 @@ def run(*command: str | Path, **options) -> subprocess.CompletedProcess:
 
 
 def build_wheel() -> Path:
-    """The wheel, with a manylinux tag where auditwheel can give it one."""
-    shutil.rmtree(FOLDER / "dist", ignore_errors=True)
-    options = ["--no-build-isolation", "--no-deps", "-q", "-w", FOLDER / "dist"]
-    run(sys.executable, "-m", "pip", "wheel", *options, ROOT)
+    """The wheel, from the source distribution alone, with a manylinux tag from auditwheel."""
+    for name in ("dist", "repaired"):
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+    # without --wheel or --sdist, build makes the wheel from the archive that it made first
+    run(sys.executable, "-m", "build", "--no-isolation", "-o", FOLDER / "dist", ROOT)
     (wheel,) = (FOLDER / "dist").glob("*.whl")
     excluded = [part for name in TORCH_LIBRARIES for part in ("--exclude", name)]
     run(sys.executable, "-m", "auditwheel", "repair", wheel, "-w", FOLDER / "repaired", *excluded)
-    return max((FOLDER / "repaired").glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    (wheel,) = (FOLDER / "repaired").glob("*-cp311-abi3-manylinux*.whl")
+    return wheel
 
 
-def try_wheel(wheel: Path, python: str, torch: str) -> str:
-    """Install the wheel beside this torch and run the smoke program; returns what it printed."""
+def is_there(python: str) -> bool:
+    """Whether the interpreter runs; version managers leave commands that only say no."""
+    if shutil.which(python) is None:
+        return False
+    return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+
+
+def try_wheel(wheel: Path, python: str, torch: str) -> str | None:
+    """Install the wheel beside this torch and run the smoke program.
+
+    returns: what it printed; None where pip finds no such torch.
+    """
     venv = FOLDER / f"{Path(python).name}-{torch.replace('==', '-')}"
     run(python, "-m", "venv", "--clear", venv)
-    run(venv / "bin/pip", "install", "-q", torch, wheel)
+    pip = [venv / "bin/pip", "install", "-q"]
+    installed = subprocess.run([*map(str, pip), torch], capture_output=True, text=True)
+    if "No matching distribution" in installed.stderr:
+        return None
+    installed.check_returncode()
+    run(*pip, wheel, capture_output=True, text=True)
     outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     result = run(
         venv / "bin/python", "-c", SMOKE, cwd=venv, env=outside, capture_output=True, text=True
@@ -74,20 +96,33 @@ def try_wheel(wheel: Path, python: str, torch: str) -> str:
 
 
 def main() -> int:
-    pairs = sys.argv[1:] or MATRIX
-    wheel = build_wheel()
+    """Exit status: 0 if a pair ran and none failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wheel", type=Path, help="try this one instead of building it")
+    parser.add_argument("pairs", nargs="*", metavar="PYTHON TORCH")
+    options = parser.parse_args()
+    if len(options.pairs) % 2:
+        parser.error(f"pairs: expected PYTHON TORCH ..., got {' '.join(options.pairs)}")
+    pairs = list(zip(options.pairs[::2], options.pairs[1::2], strict=True))
+    if not pairs:
+        products = itertools.product(PYTHONS, TORCHES, BUILDS)
+        pairs = [(python, torch + build) for python, torch, build in products]
+    wheel = options.wheel or build_wheel()
     print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
-    failures = 0
-    for python, torch in zip(pairs[::2], pairs[1::2], strict=True):
-        if shutil.which(python) is None:
-            print(f"skipped: no {python} here")
+    passed, failed = 0, 0
+    for python, torch in pairs:
+        if not is_there(python):
+            print(f"skipped: no {python} here", flush=True)
             continue
         try:
-            print(try_wheel(wheel, python, torch), flush=True)
+            text = try_wheel(wheel, python, torch)
         except subprocess.CalledProcessError as error:
-            failures += 1
+            failed += 1
             print(f"FAILED {python} {torch}: {error}\n{error.stderr or ''}", flush=True)
-    return min(failures, 1)
+            continue
+        passed += text is not None
+        print(text or f"skipped: {python} finds no {torch}", flush=True)
+    return 0 if passed and not failed else 1
 
 
 if __name__ == "__main__":
