@@ -94,8 +94,7 @@ def save(
     values = {"architectures": [kind], **model.config.to_dict()}
     if isinstance(model, Calm):
         inner = model.ae_model.config
-        if layout == "calm_rt":
-            values[INNER] = inner.to_dict()
+        values[INNER] = inner.to_dict()
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     _write(folder, layout, max_shard_bytes, values, inner, meta, tensors.__getitem__)
 

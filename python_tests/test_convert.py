@@ -97,6 +97,9 @@ def test_ours_there_and_back_loses_nothing(autoencoder, tmp_path):
     convert(tmp_path / "ours", tmp_path / "official", "--layout", "official")
     convert(tmp_path / "official", tmp_path / "back")
     assert_same(model, checkpoint.load(tmp_path / "back"))
+    assert checkpoint.load(tmp_path / "back").ae_model.config == inner
+    checkpoint.save(model, tmp_path / "saved", layout="official")
+    assert checkpoint.load(tmp_path / "saved").ae_model.config == inner
     assert_same(model.ae_model, checkpoint.load(tmp_path / "official" / "autoencoder"))
     before, after = (tmp_path / name / checkpoint.TENSORS for name in ("ours", "back"))
     assert before.read_bytes() == after.read_bytes()
