@@ -83,6 +83,14 @@ def groups_bug(name: str, old: str, new: str, report: str, build: str = "plain")
     return Bug(name, "argmax_groups.cu", old, new, report, build)
 
 
+def bounds_bug(name: str, old: str, new: str, report: str, user: str = "argmax_groups.cu") -> Bug:
+    return Bug(name, "bounds.cuh", old, new, report, "plain", user)
+
+
+def warpgroups_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "argmax_warpgroups.cu", old, new, report, build)
+
+
 def cross_entropy_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
     return Bug(name, "linear_cross_entropy.cu", old, new, report, build)
 
@@ -126,6 +134,14 @@ ENTRY_ROW = "half + j * 16 + lane % 16"
 TOP_SHUFFLE = "__shfl_xor_sync(kFullMask, top.largest, offset)"
 BITS_ROOM = "fmaf(BoundGroups::kRelative, fabsf(score)"
 NEXT_WINS = "winner.may_lose_to(without_entry(next), p.first_id + first_entry)"
+LANE_LIMIT = "if (entry < entries.limit) top.add"
+FULL_WAIT = "barrier_wait(&full[place.stage], place.parity);"
+READ_WAIT = "barrier_wait(&read[place.stage], place.parity ^ 1);"
+EXPECTED = "barrier_arrive_expecting(&full[place.stage], kStageBytes);"
+SLICE_READ = "products_read<1>();"
+SUMS_DONE = "        products_done(sum);\n"
+LAST_READ = "        if (lane == 0) barrier_arrive(&read[last]);\n"
+BARRIERS_READY = "    __syncthreads();\n"
 
 SUMS_WRITTEN = "partial[threadIdx.x] = sum;\n  __syncthreads();\n"
 VARIANCE = "rsqrtf(warp_sum(squares)"
@@ -235,7 +251,7 @@ BUGS = (
     groups_bug("no-barrier-after-copies", STEP_READY, "\n", RACE, "tsan"),
     groups_bug("stage-overwritten", STEP_READY + NEXT_STEP, NEXT_STEP + STEP_READY, RACE, "tsan"),
     groups_bug("read-past-the-ring", ENTRY_ROW, f"{ENTRY_ROW} + 8", "AddressSanitizer", "asan"),
-    groups_bug(
+    bounds_bug(
         "lane-not-in-mask",
         TOP_SHUFFLE,
         TOP_SHUFFLE.replace("kFullMask", "0x7FFFFFFFu"),
@@ -247,14 +263,41 @@ BUGS = (
         "if (lane < 16) multiply_add(sum",
         "lanes of one mask meet in different collectives at",
     ),
-    groups_bug("entries-beyond-the-last", "if (entry < limit) top.add", "top.add", WRONG),
+    bounds_bug("entries-beyond-the-last", LANE_LIMIT, "top.add", WRONG),
     groups_bug("columns-beyond-the-row", "&& column < size", "", WRONG),
     groups_bug("rows-beyond-the-last", "first_row + row < length &&", "", "Sanitizer", "asan"),
     groups_bug("half-the-slack", "p.factor(),", "p.factor() / 2,", WRONG),
-    groups_bug("no-room-for-the-entry", BITS_ROOM, "fmaf(0.f, fabsf(score)", WRONG),
-    groups_bug("one-lane-of-two", "offset < 4", "offset < 2", WRONG),
+    bounds_bug("no-room-for-the-entry", BITS_ROOM, "fmaf(0.f, fabsf(score)", WRONG),
+    bounds_bug("one-lane-of-two", "offset < 4", "offset < 2", WRONG),
     groups_bug("one-candidate-a-group", NEXT_WINS, "false", WRONG),
     groups_bug("nan-is-no-group", "isnan(largest) ||", "", WRONG),
+    bounds_bug("entries-beyond-the-last", LANE_LIMIT, "top.add", WRONG, "argmax_warpgroups.cu"),
+    warpgroups_bug("copies-not-waited-for", FULL_WAIT, "", WRONG),
+    warpgroups_bug(
+        "bytes-not-expected",
+        EXPECTED,
+        EXPECTED.replace("_expecting", "").replace(", kStageBytes", ""),
+        "more bytes come than the barrier expects at",
+    ),
+    warpgroups_bug("stage-not-waited-for", READ_WAIT, "", RACE, "tsan"),
+    warpgroups_bug("wrong-parity", READ_WAIT, READ_WAIT.replace(" ^ 1", ""), "deadlock: threads"),
+    warpgroups_bug("stage-freed-while-read", SLICE_READ, "", RACE, "tsan"),
+    warpgroups_bug("stage-freed-while-read", SLICE_READ, "", WRONG),
+    warpgroups_bug("last-stage-freed", SUMS_DONE + LAST_READ, LAST_READ + SUMS_DONE, RACE, "tsan"),
+    warpgroups_bug("sums-used-too-early", SUMS_DONE, "products_read<1>();", WRONG),
+    warpgroups_bug(
+        "no-fence-before-products",
+        "products_begin();",
+        "",
+        "products that nothing separates from other uses of their sums at",
+    ),
+    warpgroups_bug("sums-of-the-tile-before", "slice > 0 || k > 0", "true", WRONG),
+    warpgroups_bug(
+        "barriers-used-too-early",
+        BARRIERS_READY,
+        "",
+        "a barrier that nobody has initialised at",
+    ),
     Bug("misaligned", "primitives.cuh", "length % COUNT == 0 &&", "", "misaligned access at"),
 )
 

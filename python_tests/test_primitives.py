@@ -32,6 +32,9 @@ SECTIONS = {  # in the order of the program's output, in multiples of WORDS
     "shuffle": 1,
     "matrices": 1,
     "products": 1,
+    "tamed": 1,
+    "box": 1,
+    "box_products": 4,
 }
 SUM_ROUNDING = 16 * 1.5e-7  # of sixteen products and the sum before, as the kernels count with
 NVCC = shutil.which("nvcc")
@@ -187,6 +190,39 @@ def test_products_are_within_what_the_kernels_allow(simulated, words: Tensor) ->
     check_products(simulated["products"], words)
 
 
+def box(tamed: Tensor) -> Tensor:
+    """[128, 64]: rows from 40 on and columns from 16 on of the matrix of words, zeros beyond it."""
+    matrix = halves(tamed, torch.bfloat16).view(128, 64)
+    return torch.nn.functional.pad(matrix[40:, 16:], (0, 16, 0, 40))
+
+
+def test_boxes_arrive_as_the_manual_draws_them(simulated) -> None:
+    """Pack c of row r, 16 bytes, lies at place c ^ (r % 8) of the row's 128 bytes."""
+    rows = torch.arange(128).view(-1, 1)
+    packs = halves(simulated["box"], torch.int16).view(128, 8, 8)
+    unswizzled = packs[rows, torch.arange(8) ^ rows % 8]
+    assert torch.equal(unswizzled.reshape(128, 64), box(simulated["tamed"]).view(torch.int16))
+
+
+def check_box_products(bits: Tensor, tamed: Tensor) -> None:
+    """Warp w has rows 16 w to 16 w + 15, and of 16 x 8 tiles what it has of a warp's product."""
+    matrix = halves(tamed, torch.bfloat16).view(128, 64).double()
+    a = box(tamed)[8:72].double()
+    b = torch.nn.functional.pad(matrix, (0, 0, 0, 128))  # [256, 64]
+    exact, magnitude = a @ b.T, a.abs() @ b.abs().T
+    thread = torch.arange(128).view(-1, 1)
+    index = torch.arange(128)
+    row = thread // WARP * 16 + thread % WARP // 4 + index // 2 % 2 * 8
+    column = index // 4 * 8 + thread % 4 * 2 + index % 2
+    got = bits.view(torch.float32).double().view(128, 128)
+    assert magnitude[:, :128].min() > 0
+    assert ((got - exact[row, column]).abs() <= 4 * SUM_ROUNDING * magnitude[row, column]).all()
+
+
+def test_products_of_boxes_are_within_what_the_kernels_allow(simulated) -> None:
+    check_box_products(simulated["box_products"], simulated["tamed"])
+
+
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_device_program_compiles(architecture: str, tmp_path: Path) -> None:
@@ -198,12 +234,19 @@ def test_device_program_compiles(architecture: str, tmp_path: Path) -> None:
 def test_cuda_device_equals_the_simulator(simulated, words: Tensor, tmp_path: Path) -> None:
     assert NVCC is not None, "nvcc is not on PATH"
     program = tmp_path / "conformance"
-    compile_for_device(program, "-arch=native", "-cudart=static")
+    major, minor = torch.cuda.get_device_capability()
+    name = f"{major}{minor}" + ("a" if major == 9 else "")
+    target = f"arch=compute_{name},code=sm_{name}"
+    compile_for_device(program, "-gencode", target, "-cudart=static")
     device = run(program, tmp_path, words)
     check_products(device.pop("products"), words)
+    products, in_shared_memory = device.pop("box_products"), device.pop("box")
+    if (major, minor) == (9, 0):
+        check_box_products(products, device["tamed"])
+        assert torch.equal(in_shared_memory, simulated["box"])
     for name, bits in device.items():
         floats = {"narrow_bfloat16": torch.bfloat16, "narrow_half": torch.float16}.get(name)
-        if name in ("ballot", "shuffle", "matrices"):
+        if name in ("ballot", "shuffle", "matrices", "tamed"):
             assert torch.equal(bits, simulated[name]), name
         elif floats is not None:
             assert_same(bits.short(), simulated[name].short().view(floats))

@@ -13,7 +13,7 @@ from calm_rt import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "benchmarks" / "resources.py"
-MOST_THREADS = {"bound_groups_kernel": 256}  # a block of it
+MOST_THREADS = {"bound_groups_kernel": 256, "bound_groups_wgmma_kernel": 384}  # a block of it
 REGISTER_FILE = 65536  # registers of a multiprocessor, from sm_80 on
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
@@ -67,6 +67,15 @@ def test_argmax_multiplies_with_tensor_cores(resources, kernels, architecture: s
         for instruction in (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\S*\.128", r"LDSM\.16\.M88\.4"):
             assert re.search(instruction, code), f"{symbol} has no {instruction}"
         assert not re.search(r"\b(LDL|STL)\b", code)
+
+
+def test_argmax_multiplies_by_warpgroups_on_sm_90a(resources, kernels) -> None:
+    """Products of 64 by 256, boxes by the copy engine, and registers that change hands."""
+    [symbol] = {kernel.symbol for kernel in kernels if "bound_groups_wgmma_kernel" in kernel.symbol}
+    code = resources.dump("--dump-sass", "--gpu-architecture", "sm_90a", "-fun", symbol)
+    for instruction in (r"HGMMA\.64x256x16\.F32\.BF16", r"UTMALDG\.2D", r"USETMAXREG"):
+        assert re.search(instruction, code), f"{symbol} has no {instruction}"
+    assert not re.search(r"\b(LDL|STL)\b", code)
 
 
 def test_report_names_every_kernel(kernels) -> None:

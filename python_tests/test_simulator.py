@@ -226,6 +226,23 @@ def test_argmax_over_several_blocks_of_the_vocabulary(simulator, dtype: torch.dt
     check_argmax(simulator, hidden, weight)
 
 
+@pytest.fixture
+def hopper(simulator):
+    simulator.set_capability(90)
+    yield
+    simulator.set_capability(80)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax_by_warpgroups_is_exact(simulator, hopper, dtype: torch.dtype) -> None:
+    """Two tiles of rows and two of entries, the last of each in part, and two slices of columns."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(311, 72, generator=generator).to(dtype)
+    weight[300] = weight[17]
+    rows = torch.randn(127, 72, generator=generator).to(dtype)
+    check_argmax(simulator, torch.cat([weight[[17, 310, 40]], rows]), weight)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_argmax_tells_near_ties_apart(simulator, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)

@@ -10,6 +10,16 @@
 #include "common/device.h"
 #include "common/types.h"
 
+namespace calm_rt {
+
+// What a launch must know of a device.
+struct Chip {
+  int capability;  // 10 * major + minor
+  int multiprocessors;
+};
+
+}  // namespace calm_rt
+
 #ifdef __CUDACC__
 
 #include <cuda_runtime.h>
@@ -39,6 +49,16 @@ void launch_shared_kernel(const char* name, void (*kernel)(Parameters...), unsig
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
+// The current device; zeros where it cannot be asked.
+inline Chip current_chip() {
+  int device = 0, major = 0, minor = 0, multiprocessors = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known ? Chip{major * 10 + minor, multiprocessors} : Chip{0, 0};
+}
+
 }  // namespace calm_rt
 
 #else
@@ -46,6 +66,8 @@ void launch_shared_kernel(const char* name, void (*kernel)(Parameters...), unsig
 #include "simulator/simulator.h"
 
 namespace calm_rt {
+
+inline Chip current_chip() { return {simulator::capability(), simulator::kMultiprocessors}; }
 
 template <class... Parameters>
 void launch_shared_kernel(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,

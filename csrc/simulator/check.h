@@ -15,7 +15,7 @@ constexpr double kRounding = 0x1p-24;  // of a float
 constexpr double kUnits = 16;          // roundings that a bound allows each of its terms
 constexpr uint32_t kSchedules = 3;
 
-// Prints a line and counts a mismatch unless it holds.
+// Prints a line and counts a mismatch unless it holds; throws at the twentieth.
 void check(bool holds, const char* what, const char* kernel, int64_t index, double value, double expected);
 
 float random_value();  // in [-1, 1)
@@ -26,6 +26,7 @@ double reference_noise(bool normal, int64_t seed, int64_t row, int64_t draw, int
 // ---- one a kernel file ----
 
 void check_argmax_groups();
+void check_argmax_warpgroups();
 void check_encode();
 void check_energy_score();
 void check_gated_mlp();

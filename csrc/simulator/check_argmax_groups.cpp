@@ -137,6 +137,21 @@ void check_type() {
 
 }  // namespace
 
+// More rows than one band of the other kernel: tiles that are not whole, and two of four slices for a block, so that the
+// stage of the last slice of the first is filled again.
+void check_argmax_warpgroups() {
+  simulator::set_capability(90);
+  for (const Sizes& sizes : {Sizes{65, 1, 8}, Sizes{200, 70, 72}, Sizes{70, 600, 40}, Sizes{130, 257, 200}}) {
+    check_bounds(random_operands<float>(sizes));
+  }
+  check_bounds(parallel({80, 80, 8}));
+  check_operands(random_operands<bfloat16>({129, 300, 24, 128}));
+  check_operands(random_operands<half>({66, 301, 40, 77}));
+  each_special<bfloat16>({66, 70, 8}, [](const Operands<bfloat16>& x) { check_operands(x); });
+  check_operands(near_ties<float>({66, 90, 16}));
+  simulator::set_capability(80);
+}
+
 void check_argmax_groups() {
   check_type<float>();
   check_type<bfloat16>();

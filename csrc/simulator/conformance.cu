@@ -5,8 +5,10 @@
 // One source for both: nvcc makes a program for the device, the host compiler one for the simulator. A thread has a
 // word. python_tests/test_primitives.py knows what comes out.
 #include <cstdio>
+#include <stdexcept>
 #include <vector>
 
+#include "kernels/cuda/primitives_bulk.cuh"
 #include "kernels/cuda/reduce.cuh"
 
 namespace calm_rt {
@@ -106,6 +108,66 @@ __global__ void __launch_bounds__(kThreads) products_kernel(const uint32_t* in, 
   for (int k = 0; k < 4; ++k) out[4 * word_of() + k] = bits_of(sum[k]);
 }
 
+// [kWords]
+__global__ void __launch_bounds__(kThreads) tame_kernel(const uint32_t* in, uint32_t* out) {
+  out[word_of()] = tame(in[word_of()]);
+}
+
+constexpr int kMatrixRows = 128, kBoxRow = 40, kBoxColumn = 16, kFirstRow = 8;  // of a product in the box
+
+// [5, kWords]: of a matrix of 128 rows and 64 columns a box that it reaches in part, as it lies in shared memory, and
+// the sums of a warpgroup's products of 64 of its rows with all of the matrix, and with zeros beyond it.
+__global__ void __launch_bounds__(kThreads)
+    boxes_kernel(const __grid_constant__ BoxMap part, const __grid_constant__ BoxMap whole, uint32_t* out) {
+  if constexpr (kHasBulk) {
+    CALM_DYNAMIC_SHARED(shared);
+    CALM_SHARED(uint64_t, barrier, 1);
+    unsigned char* a = shared + (-shared_address(shared) & (kBoxAlignment - 1));
+    unsigned char* b = a + kMatrixRows * kBoxColumns * sizeof(bfloat16);
+    if (threadIdx.x == 0) {
+      barrier_init(barrier, 2);
+      barrier_arrive(barrier);
+      barrier_arrive_expecting(barrier, kMatrixRows * kBoxColumns * sizeof(bfloat16));
+      copy_box(a, part, kBoxRow, kBoxColumn, barrier);
+    }
+    __syncthreads();
+    barrier_wait(barrier, 0);
+    __syncthreads();  // nobody waits for this phase when the next one ends
+    if (threadIdx.x == 0) {
+      barrier_arrive_expecting(barrier, kProductColumns * kBoxColumns * sizeof(bfloat16));
+      copy_box(b, whole, 0, 0, barrier);
+      barrier_arrive(barrier);
+    }
+    barrier_wait(barrier, 1);
+    for (int i = threadIdx.x; i < kWords; i += kThreads) memcpy(out + i, a + 4 * i, 4);
+    float sum[kProductSums] = {};
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kBoxColumns / kProductInner; ++k) {
+      begin_product(sum, box_slice(a + kFirstRow * kBoxColumns * sizeof(bfloat16), k), box_slice(b, k), k > 0);
+      products_close();
+    }
+    products_read<1>();
+    products_done(sum);
+#pragma unroll
+    for (int i = 0; i < kProductSums; ++i) out[kWords + threadIdx.x * kProductSums + i] = bits_of(sum[i]);
+  }
+}
+
+// [6, kWords]: the words as they are multiplied, and the above; nothing but NaN on a device that has no such products.
+void launch_boxes(const uint32_t* in, uint32_t* out) {
+  launch_kernel("tame_kernel", tame_kernel, kBlocks, kThreads, Cuda{}, in, out);
+  const auto* matrix = reinterpret_cast<const bfloat16*>(out);
+  BoxMap part, whole;
+  if (current_chip().capability != 90) return;
+  if (!make_box_map(matrix, kMatrixRows, kBoxColumns, kMatrixRows, part) ||
+      !make_box_map(matrix, kMatrixRows, kBoxColumns, kProductColumns, whole)) {
+    throw std::runtime_error("the driver makes no maps of boxes");
+  }
+  constexpr size_t kShared = (kMatrixRows + kProductColumns) * kBoxColumns * sizeof(bfloat16) + kBoxAlignment;
+  launch_shared_kernel("boxes_kernel", boxes_kernel, 1, kThreads, kShared, Cuda{}, part, whole, out + kWords);
+}
+
 using Kernel = void (*)(const uint32_t*, uint32_t*);
 
 struct Step {
@@ -113,13 +175,16 @@ struct Step {
   Kernel kernel;
   int words;  // of output, in kWords
   size_t shared = 0;
+
+  void launch(const uint32_t* in, uint32_t* out) const {
+    if (kernel == nullptr) return launch_boxes(in, out);
+    launch_shared_kernel(name, kernel, kBlocks, kThreads, shared, Cuda{}, in, out);
+  }
 };
 
-constexpr Step kSteps[] = {{"convert", convert_kernel, 5},
-                           {"runs", runs_kernel, 4},
-                           {"reduce", reduce_kernel, 7},
-                           {"matrices", matrices_kernel, 1, kThreads * 16},
-                           {"products", products_kernel, 1}};
+constexpr Step kSteps[] = {{"convert", convert_kernel, 5},   {"runs", runs_kernel, 4},
+                           {"reduce", reduce_kernel, 7},     {"matrices", matrices_kernel, 1, kThreads * 16},
+                           {"products", products_kernel, 1}, {"boxes", nullptr, 6}};
 
 #ifdef __CUDACC__
 
@@ -135,7 +200,7 @@ std::vector<uint32_t> run(const Step& step, const std::vector<uint32_t>& in) {
   must(cudaMalloc(&device_out, out.size() * sizeof(uint32_t)));
   must(cudaMemcpy(device_in, in.data(), in.size() * sizeof(uint32_t), cudaMemcpyHostToDevice));
   must(cudaMemset(device_out, 0xFF, out.size() * sizeof(uint32_t)));
-  launch_shared_kernel(step.name, step.kernel, kBlocks, kThreads, step.shared, Cuda{nullptr}, device_in, device_out);
+  step.launch(device_in, device_out);
   must(cudaMemcpy(out.data(), device_out, out.size() * sizeof(uint32_t), cudaMemcpyDeviceToHost));
   must(cudaFree(device_in));
   must(cudaFree(device_out));
@@ -147,7 +212,8 @@ std::vector<uint32_t> run(const Step& step, const std::vector<uint32_t>& in) {
 std::vector<uint32_t> run(const Step& step, const std::vector<uint32_t>& in) {
   std::vector<uint32_t> out(static_cast<size_t>(step.words) * kWords, ~0u);
   simulator::set_schedule(1);
-  launch_shared_kernel(step.name, step.kernel, kBlocks, kThreads, step.shared, Cuda{}, in.data(), out.data());
+  simulator::set_capability(90);
+  step.launch(in.data(), out.data());
   return out;
 }
 

@@ -20,14 +20,13 @@ float element(uint32_t words, int half) {
   return value;
 }
 
-// The nearest float that is no larger in magnitude: tensor cores cut off what a sum has beyond a float.
+}  // namespace
+
 float truncate(double x) {
   const float nearest = static_cast<float>(x);
   return std::fabs(static_cast<double>(nearest)) > std::fabs(x) && std::isfinite(x) ? std::nextafter(nearest, 0.0f)
                                                                                     : nearest;
 }
-
-}  // namespace
 
 void load_matrices(const std::array<uint64_t, kLanes>& rows) {
   for (int lane = 0; lane < kLanes; ++lane) {

@@ -19,10 +19,14 @@ namespace calm_rt {
 // Which order of threads and blocks the following launches take; 0 is first come, first served.
 void set_schedule(int64_t seed) { simulator::set_schedule(static_cast<uint32_t>(seed)); }
 
+// Compute capability of the device that they run on, 10 * major + minor.
+void set_capability(int64_t capability) { simulator::set_capability(static_cast<int>(capability)); }
+
 }  // namespace calm_rt
 
 STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
   m.def("set_schedule(int seed) -> ()");
+  m.def("set_capability(int capability) -> ()");
   m.def(
       "noise(Tensor seed, Tensor rows, int num_draws, int length, int stream, bool normal, ScalarType dtype) -> "
       "Tensor");
@@ -64,6 +68,7 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CompositeExplicitAutograd, m) {
   m.impl("set_schedule", TORCH_BOX(&calm_rt::set_schedule));
+  m.impl("set_capability", TORCH_BOX(&calm_rt::set_capability));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CPU, m) {

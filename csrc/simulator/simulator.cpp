@@ -44,10 +44,10 @@ uint32_t Engine::random(uint32_t count) {
 
 void Engine::make_ready(int thread) {
   threads_[thread].state = State::kReady;
-  int* last = &queue_[(queue_head_ + queue_size_++) % kMaxThreads];
+  int* last = &queue_[(queue_head_ + queue_size_++) % queue_.size()];
   *last = thread;
   if (schedule != 0) {
-    int* other = &queue_[(queue_head_ + random(queue_size_)) % kMaxThreads];
+    int* other = &queue_[(queue_head_ + random(queue_size_)) % queue_.size()];
     *last = *other;
     *other = thread;
   }
@@ -68,7 +68,7 @@ void Engine::run_next() {
     return switch_to(-1);
   }
   const int next = queue_[queue_head_];
-  queue_head_ = (queue_head_ + 1) % kMaxThreads;
+  queue_head_ = (queue_head_ + 1) % static_cast<int>(queue_.size());
   --queue_size_;
   switch_to(next);
 }
@@ -81,10 +81,18 @@ void Engine::entry() {
   engine->exit_thread();
 }
 
+void Engine::copier_entry() {
+  Fiber::entered(engine->main_);
+  engine->run_copier();
+}
+
 void Engine::exit_thread() {
   Thread& thread = threads_[current_];
   thread.state = State::kDone;
   --live_;
+  if (live_ == 0 && copies_begun_ != 0) {
+    fail("a copy of a box is under way when the block ends", bulk_copy_[__builtin_ctzll(copies_begun_)].copy.site);
+  }
   Warp& warp = warps_[current_ / kLanes];
   const uint32_t bit = 1u << lane();
   warp.exited |= bit;
@@ -203,7 +211,7 @@ void* Engine::shared_array(const void* key, size_t size, Site site) {
   }
   if (key != &dynamic_bytes_) static_bytes_ += size;
   if (num_shared_ == kMaxSharedArrays || static_bytes_ > kSharedLimit) fail("shared arrays exceed 48 KB", site);
-  if (static_bytes_ + dynamic_bytes_ > kDynamicLimit) fail("shared memory exceeds 99 KB", site);
+  if (static_bytes_ + dynamic_bytes_ > shared_limit()) fail("shared memory exceeds what the device has", site);
   shared_[num_shared_++] = {key, arena_used_, size, site};
   void* array = &arena_[arena_used_];
   unpoison(array, size);
@@ -268,6 +276,8 @@ void Engine::start_threads() {
       for (unsigned x = 0; x < blockDim.x; ++x, ++i) {
         threads_[i].index = {x, y, z};
         threads_[i].copies.count = 0;
+        threads_[i].products.count = threads_[i].products.computed = 0;
+        threads_[i].products.begun = false;
         threads_[i].fiber.prepare(entry);
         make_ready(i);
       }
@@ -286,6 +296,8 @@ void Engine::run_block(unsigned index) {
   queue_head_ = queue_size_ = 0;
   live_ = count_;
   barrier_.arrived = 0;
+  copies_begun_ = 0;
+  copier_lives_ = false;
   num_shared_ = 0;
   static_bytes_ = 0;
   arena_used_ = kRedzone;
@@ -304,7 +316,7 @@ void Engine::run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                  const void* context) {
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
-  if (threads == 0 || threads > kMaxThreads || blocks == 0 || blocks > INT32_MAX || shared_bytes > kDynamicLimit) {
+  if (threads == 0 || threads > kMaxThreads || blocks == 0 || blocks > INT32_MAX || shared_bytes > shared_limit()) {
     throw std::runtime_error(std::string("simulator: ") + kernel + ": invalid configuration");
   }
   gridDim = grid;
@@ -341,6 +353,35 @@ void* shared_array(const void* key, size_t size, Site site) { return engine->sha
 void* dynamic_shared(Site site) { return engine->dynamic_shared(site); }
 
 Copies& copies(Site site) { return engine->copies(site); }
+
+void set_capability(int capability) {
+  std::lock_guard lock(engine_mutex);
+  use_engine();
+  engine->capability = capability;
+}
+
+int capability() {
+  use_engine();
+  return engine->capability;
+}
+
+void barrier_init(uint64_t* barrier, int count, Site site) { engine->barrier_init(barrier, count, site); }
+
+void barrier_arrive(uint64_t* barrier, Site site) { engine->barrier_change(barrier, 1, 0, site); }
+
+void barrier_arrive_expecting(uint64_t* barrier, int bytes, Site site) {
+  engine->barrier_change(barrier, 1, bytes, site);
+}
+
+void barrier_wait(uint64_t* barrier, uint32_t parity, Site site) { engine->barrier_wait(barrier, parity, site); }
+
+void begin_copy(const BulkCopy& copy) { engine->begin_copy(copy); }
+
+Products& products(Site site) { return engine->products(site); }
+
+int add_product(Products& products, float* sum, const void* a, const void* b, bool add, Site site) {
+  return engine->add_product(products, sum, a, b, add, site);
+}
 
 uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int source, Site site) {
   return engine->warp_collective(kind, mask, value, source, site);

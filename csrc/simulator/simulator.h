@@ -35,6 +35,13 @@ using Site = std::source_location;
 // Draws the order of threads and blocks of all following launches from a seed; 0 runs them first come, first served.
 void set_schedule(uint32_t seed);
 
+// Compute capability of the device that the following launches run on: 80, or 90 which has the instructions of bulk.h.
+void set_capability(int capability);
+int capability();
+
+// How many blocks a kernel may think run at once; few, so that each takes several turns.
+constexpr int kMultiprocessors = 3;
+
 // Runs `body(context)` as every thread of every block. Throws std::runtime_error with kernel name and place on a check
 // above.
 void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void* context),
@@ -112,6 +119,7 @@ T shuffle(uint32_t mask, T value, int source, Site site) {
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // A reference, so that sizeof and a constant index beyond the end mean what they mean on the device.
 #define CALM_SHARED(T, name, count)    \

@@ -1,4 +1,5 @@
-// Exact argmax on the GPU without scores in memory: tensor cores from sm_80 on.
+// Exact argmax on the GPU without scores in memory: tensor cores from sm_80 on. Where there are more than 64
+// rows and the device has warpgroups' products, argmax_warpgroups.cu makes the bounds.
 //
 // bound_groups_kernel: a block has 64 BAND rows and two of its warps 64 rows, each warp 64 entries of a tile of 128; it
 // takes kBlockTiles tiles of entries one after the other. Slices of 32 columns of both operands stream through a ring
@@ -9,11 +10,11 @@
 // In shared memory a row's slice is 64 bytes, four packs, and pack c of row r lies at place c ^ (r / 2 % 4): eight rows
 // that a matrix load reads at once then lie in different banks, and so do the eight packs that a copy writes.
 //
-// A group's entries are the 64 of a warp. A lane has 16 of them for each of eight rows, keeps the largest bound and the
-// next, and four lanes put theirs together. An entry's number takes the lowest six bits of its bound.
+// A group's entries are the 64 of a warp. A lane has 16 of them for each of eight rows (bounds.cuh).
 //
 // search_groups_kernel: a block owns a row and reads its bounds. It computes the entry with the largest bound exactly,
 // then the others that can still win, and all of a group whose next bound can. Most rows are done after two or three.
+#include "kernels/cuda/bounds.cuh"
 #include "kernels/cuda/winner.cuh"
 #include "kernels/linear_argmax.h"
 
@@ -27,26 +28,7 @@ constexpr int kTile = 128;                // entries
 constexpr int kBand = 64;                 // rows of a warp
 constexpr int kBlockTiles = 2;            // few, so that a block of the vocabulary fills the device; not yet tuned
 constexpr int kRowMatrices = kBand / 16;  // sums of a warp: 4 by 8 tiles of 16 by 8
-constexpr int kEntryMatrices = kGroup / 8;
-constexpr uint32_t kEntryBits = kGroup - 1;  // of a bound
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// The bound without the entry's number. What that takes from a positive bound, kRelative has given; 0 is 0 again.
-__device__ __forceinline__ float without_entry(float bound) { return float_of(bits_of(bound) & ~kEntryBits); }
-
-// The two largest bounds of a row's part of a group.
-struct TopTwo {
-  float largest = -kInfinity, next = -kInfinity;
-
-  __device__ __forceinline__ void add(float bound) {
-    next = fmaxf(next, fminf(largest, bound));
-    largest = max_nan(largest, bound);
-  }
-  __device__ __forceinline__ void add(const TopTwo& other) {
-    next = fmaxf(fmaxf(next, other.next), fminf(largest, other.largest));
-    largest = max_nan(largest, other.largest);
-  }
-};
+constexpr int kEntryMatrices = kGroupPairs;
 
 // Where pack `pack` of row `row` lies in a slice.
 __device__ __forceinline__ bfloat16* place(bfloat16* slice, int row, int pack) {
@@ -125,39 +107,11 @@ __global__ void __launch_bounds__(BANDS * 2 * kWarpSize, 1)
 
     slice = 0;
     if (first_entry < p.block) {
-      const int limit = static_cast<int>(min(p.block - first_entry, static_cast<int64_t>(kGroup)));
-      Pack<float, 2> norm[kEntryMatrices];
-#pragma unroll
-      for (int j = 0; j < kEntryMatrices; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int entry = j * 8 + lane % 4 * 2 + e;
-          norm[j].value[e] = entry < limit ? p.weight_norm[first_entry + entry] : 0;
-        }
-      }
+      const GroupEntries group = load_entries(p, first_entry, lane);
 #pragma unroll
       for (int i = 0; i < kRowMatrices * 2; ++i) {
-        const int64_t row = first_row + band + i * 8 + lane / 4;
-        const float row_factor = row < p.num_rows ? factor * p.hidden_norm[row] : 0;
-        TopTwo top;
-#pragma unroll
-        for (int j = 0; j < kEntryMatrices; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int entry = j * 8 + lane % 4 * 2 + e;
-            const float score = sum[i / 2][j][i % 2 * 2 + e];
-            const float bound = fmaf(BoundGroups::kRelative, fabsf(score), fmaf(row_factor, norm[j].value[e], score));
-            if (entry < limit) top.add(float_of((bits_of(bound) & ~kEntryBits) | static_cast<uint32_t>(entry)));
-          }
-        }
-#pragma unroll
-        for (int offset = 1; offset < 4; offset *= 2) {
-          top.add({__shfl_xor_sync(kFullMask, top.largest, offset), __shfl_xor_sync(kFullMask, top.next, offset)});
-        }
-        if (lane % 4 == 0 && row < p.num_rows) {
-          store_pack(Pack<float, 2>{top.largest, top.next},
-                     &p.bounds[row * num_groups(p.block) + first_entry / kGroup].largest);
-        }
+        store_bounds(p, group, first_row + band + i * 8 + lane / 4, factor, lane,
+                     [&](int j, int e) { return sum[i / 2][j][i % 2 * 2 + e]; });
       }
     }
     first_entry += kTile;
@@ -270,6 +224,7 @@ void launch_bands(Cuda device, const BoundGroups& p) {
 void launch(Cuda device, const BoundGroups& p) {
   if (p.num_rows == 0 || p.block == 0) return;
   if (p.num_rows <= kBand) return launch_bands<1>(device, p);
+  if (launch_warpgroups(device, p)) return;
   if (p.num_rows <= 2 * kBand) return launch_bands<2>(device, p);
   launch_bands<4>(device, p);
 }
