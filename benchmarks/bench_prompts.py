@@ -24,6 +24,7 @@ from calm_rt.sequence import start_id
 
 WAYS = ("constrain", "align", "padded")
 NUM_DRAWS, NUM_CANDIDATES, MAX_DRAWS = 16, 200, 2000
+CONTEXT, APART, LONGEST = 64, 160, 1600  # tokens: of a prompt; between prompts; of a document used
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def prompt_scores(
 ) -> dict[tuple[str, int], Tensor]:
     """Brier-1 of the token behind each prompt: {(way, r): [N] float64}, a document each.
 
-    documents: [tokens] each, of which those that are longer than the prompt count.
+    documents: [tokens] each, from the start of a patch on; those longer than the prompt count.
     lengths: tokens of a prompt.
     """
     scores: dict[tuple[str, int], list[Tensor]] = {}
@@ -83,12 +84,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a CALM")
     parser.add_argument("data", help="folder of token shards")
-    parser.add_argument("--documents", type=int, default=200, help="default: 200")
+    parser.add_argument("--prompts", type=int, default=250, help="of each length (default: 250)")
     options = parser.parse_args()
     model, shards = calm_rt.load(options.model), TokenShards(options.data)
     size = model.config.patch_size
-    documents = shards.held_out_documents()[: options.documents]
-    print(table(prompt_scores(model, documents, range(8 * size, 12 * size))))
+    starts = range(APART - APART % size, LONGEST, APART - APART % size)  # not a document's head
+    pieces = [d[at:] for d in shards.held_out_documents() for at in starts if len(d) >= at + APART]
+    length = CONTEXT - CONTEXT % size
+    print(table(prompt_scores(model, pieces[: options.prompts], range(length, length + size))))
 
 
 if __name__ == "__main__":
