@@ -69,7 +69,7 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / RESULTS
     try:
         results = json.loads(path.read_text())
-        whole = {"machine", "rows", "sweep"} <= set(results)
+        whole = {"machine", "limits", "rows", "sweep"} <= set(results)
     except (OSError, ValueError, TypeError):
         whole = False
     check(whole, "compare", "a folder that calm-rt bench wrote", str(folder))

@@ -137,8 +137,8 @@ void check_type() {
 
 }  // namespace
 
-// More rows than one band of the other kernel: tiles that are not whole, and two of four slices for a block, so that the
-// stage of the last slice of the first is filled again.
+// More rows than one band of the other kernel: tiles that are not whole, and two of four slices for a block, so that
+// the stage of the last slice of the first is filled again.
 void check_argmax_warpgroups() {
   simulator::set_capability(90);
   for (const Sizes& sizes : {Sizes{65, 1, 8}, Sizes{200, 70, 72}, Sizes{70, 600, 40}, Sizes{130, 257, 200}}) {
