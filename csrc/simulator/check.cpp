@@ -1,8 +1,8 @@
 // Runs every CUDA kernel in the simulator at small and odd shapes, under several schedules, against plain double
 // arithmetic.
 //
-// Exits with 1 and a line per mismatch, of which there are twenty at most. Built plain, with AddressSanitizer and with
-// ThreadSanitizer (a race is its exit status 66).
+// Exits with 1 and a line for each of the first mismatches. Built plain, with AddressSanitizer and with ThreadSanitizer
+// (a race is its exit status 66).
 #include "simulator/check.h"
 
 #include <cstdio>
@@ -13,13 +13,13 @@
 
 namespace calm_rt {
 
-static constexpr int kMostMismatches = 20;
+static constexpr int kMostLines = 20;
 static int mismatches = 0;
 
 void check(bool holds, const char* what, const char* kernel, int64_t index, double value, double expected) {
   if (holds) return;
+  if (++mismatches > kMostLines) return;  // go on: what comes may be worse
   std::printf("%s: %s[%ld] is %.9g, expected %.9g\n", kernel, what, index, value, expected);
-  if (++mismatches == kMostMismatches) throw std::runtime_error("so many mismatches that no more are looked for");
 }
 
 float random_value() {

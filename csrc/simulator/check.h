@@ -15,7 +15,7 @@ constexpr double kRounding = 0x1p-24;  // of a float
 constexpr double kUnits = 16;          // roundings that a bound allows each of its terms
 constexpr uint32_t kSchedules = 3;
 
-// Prints a line and counts a mismatch unless it holds; throws at the twentieth.
+// Counts a mismatch unless it holds, and prints a line for each of the first.
 void check(bool holds, const char* what, const char* kernel, int64_t index, double value, double expected);
 
 float random_value();  // in [-1, 1)
