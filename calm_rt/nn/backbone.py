@@ -15,10 +15,11 @@ from calm_rt.ops.check import check, check_shape, may_look
 class Place(NamedTuple):
     """Where the patches of one forward pass stand; the same for every layer."""
 
-    positions: Tensor  # [B, P] int64, or [1, P] where all rows start at 0
     cos: Tensor  # [B, P, 1, head size / 2]
     sin: Tensor
-    mask: Tensor | None  # [B, 1, P, T], which of the cache's T patches are seen; None without cache
+    slots: tuple[Tensor, Tensor] | None  # [B, 1] and [B, P] int64, where the cache takes them
+    num_patches: int  # T of the cache that are read
+    mask: Tensor | None  # [B, 1, P, T], which of them are seen; None for all, or without a cache
 
 
 def rotary_angles(
@@ -106,24 +107,18 @@ class KVCache:
         self.storage[:, :, row].zero_()
         self.lengths[row] = 0
 
-    def reach(self, positions: Tensor) -> int:
-        """How many slots attention reads: all; fewer in eager CPU code, where looking is free."""
-        most = int(positions.max()) + 1 if may_look(positions) else self.max_patches
-        return min(self.max_patches, most)
-
-    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(self, layer: int, slots: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
         """Stores one layer's keys and values.
 
-        positions: [B, P] int64.  keys, values: [B, P, key heads, head size].
+        slots: [B, 1] rows and [B, P] places, int64.  keys, values: [B, P, key heads, head size].
         """
-        slots = positions.clamp(max=self.max_patches)
-        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        self.storage[layer, 0].index_put_((rows, slots), keys.to(self.storage.dtype))
-        self.storage[layer, 1].index_put_((rows, slots), values.to(self.storage.dtype))
+        rows, places = slots
+        both = torch.stack([keys, values]).to(self.storage.dtype)  # [2, B, P, key heads, head size]
+        self.storage[layer][:, rows, places] = both
 
     def read(self, layer: int, num_patches: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first patches: two [B, num_patches, key heads, head size]."""
-        return self.storage[layer, 0, :, :num_patches], self.storage[layer, 1, :, :num_patches]
+        return self.storage[layer, :, :, :num_patches].unbind()
 
 
 class Attention(nn.Module):
@@ -141,12 +136,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
         """x: [B, P, H].  returns: [B, P, H]."""
-        queries = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), place.cos, place.sin)
-        keys = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), place.cos, place.sin)
+        both = torch.cat([self.q_proj(x), self.k_proj(x)], -1).unflatten(-1, (-1, self.head_dim))
+        num_queries = self.q_proj.out_features // self.head_dim
+        both = rotate(both, place.cos, place.sin)
+        queries, keys = both[:, :, :num_queries], both[:, :, num_queries:]
         values = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if cache is not None:
-            cache.write(self.index, place.positions, keys, values)
-            stored = cache.read(self.index, place.mask.shape[-1])
+            cache.write(self.index, place.slots, keys, values)
+            stored = cache.read(self.index, place.num_patches)
             keys, values = (part.to(queries.dtype) for part in stored)
         mixed = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
@@ -210,12 +207,31 @@ class Transformer(nn.Module):
 
     def _place(self, embeds: Tensor, cache: KVCache | None) -> Place:
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None]  # [1, P]
-        mask = None
+        config, wide = self.config, torch.promote_types(embeds.dtype, torch.float32)
+        slots, mask, num_patches = None, None, 0
         if cache is not None:
             check_shape("cache.lengths", cache.lengths, B=embeds.shape[0])
             positions = positions + cache.lengths[:, None]  # [B, P]
-            slots = torch.arange(cache.reach(positions), device=embeds.device)
-            mask = (slots <= positions[..., None])[:, None]
-        config, wide = self.config, torch.promote_types(embeds.dtype, torch.float32)
+            places = positions.clamp(max=cache.max_patches)
+            slots = torch.arange(len(places), device=embeds.device)[:, None], places
+            num_patches, mask = _seen(positions, cache.max_patches)
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, wide)
-        return Place(positions, cos, sin, mask)
+        return Place(cos, sin, slots, num_patches, mask)
+
+
+def _seen(positions: Tensor, max_patches: int) -> tuple[int, Tensor | None]:
+    """How many patches of a cache attention reads, and which of them each position sees.
+
+    In eager CPU code, where looking is free, no more than the longest row has, and no mask where
+    every position sees them all.
+    positions: [B, P].
+    returns: T; [B, 1, P, T] bool, or None.
+    """
+    num_patches = max_patches
+    if may_look(positions):
+        least, most = (int(bound) for bound in positions.aminmax())
+        num_patches = min(max_patches, most + 1)
+        if least == most:
+            return num_patches, None
+    slots = torch.arange(num_patches, device=positions.device)
+    return num_patches, (slots <= positions[..., None])[:, None]
