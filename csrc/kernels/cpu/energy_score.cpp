@@ -1,6 +1,6 @@
 // Energy score on the CPU: one row at a time, a few targets at a time.
 //
-// A row's draws, its posterior and its gradients stay in a scratch of (2S + 12) L values, which fits the first caches.
+// A row's draws, its posterior and its gradients stay in a scratch of (2S + 14) L values, which fits the first caches.
 // There they lie in the order in which Philox makes them, 4 vectors of one counter each, so normals are never
 // rearranged: distances do not mind the order. Each target is made once and meets all S draws; a tile of 4 targets by
 // kDrawTile draws shares its loads.
@@ -31,6 +31,7 @@ struct Row {
   Wide *x, *grad_x;                             // [S, padded]
   Wide *mean, *std, *grad_mean, *grad_log_std;  // [padded]
   Wide *y, *delta;                              // [kTargetTile, padded], y = mean + delta
+  Wide* counters;                               // [2 padded], of start_uniforms
   Wide* weight;                                 // [kTargetTile draws_padded], squared distances, then gradient weights
 
   Row(Wide* scratch, int64_t draws, int64_t length, int width, int lane_count)
@@ -50,6 +51,7 @@ struct Row {
     grad_log_std = take(padded);
     y = take(kTargetTile * padded);
     delta = take(kTargetTile * padded);
+    counters = take(2 * padded);
     weight = take(kTargetTile * draws_padded);
   }
 };
@@ -99,6 +101,23 @@ CALM_INLINE double weigh(Wide* squared, int64_t count, double beta, double scale
     total += d == 0 ? 0 : __builtin_pow(d, beta);
   }
   return total;
+}
+
+// The uniforms of a row's targets, in two steps: what all of them share, and those of values l ... of one target.
+CALM_INLINE void start_targets(const Row<float>& row, int64_t row_id, const Keys& keys) {
+  for (int64_t l = 0; l < row.padded; l += 4 * kLanes) {
+    start_uniforms(static_cast<uint32_t>(l / 4), kTarget, row_id, keys, row.counters + l / (4 * kLanes) * kRowCounters);
+  }
+}
+CALM_INLINE void start_targets(const Row<double>&, int64_t, const Keys&) {}
+
+CALM_INLINE void target_uniforms(const Row<float>& row, int64_t l, uint32_t target, int64_t row_id, const Keys& keys,
+                                 Float (&value)[4]) {
+  finish_uniforms(row.counters + l / (4 * kLanes) * kRowCounters, target, row_id, keys, value);
+}
+CALM_INLINE void target_uniforms(const Row<double>&, int64_t l, uint32_t target, int64_t row_id, const Keys& keys,
+                                 double (&value)[4]) {
+  uniforms(static_cast<uint32_t>(l / 4), kTarget, target, row_id, keys, value);
 }
 
 // The mean of |x_i - x_j|^beta over pairs; its gradient starts grad_x.
@@ -173,6 +192,25 @@ CALM_INLINE void squared_distances(const Row<Wide>& row, int64_t draw) {
   store_sums(squared, row.weight + draw * Targets);
 }
 
+template <int Targets, int Draws, class V, class Wide>
+CALM_INLINE void add_gradients(const Row<Wide>& row, int64_t draw) {
+  V weight[Draws][Targets];
+  for (int s = 0; s < Draws; ++s) {
+    const DrawWeights<Targets, Wide> weights(row, draw + s);
+    for (int t = 0; t < Targets; ++t) weight[s][t] = splat<V>(weights.first[t * weights.stride]);
+  }
+  for (int64_t l = 0; l < row.padded; l += lanes<V>) {
+    V y[Targets];
+    for (int t = 0; t < Targets; ++t) y[t] = load(row.y + t * row.padded + l);
+    for (int s = 0; s < Draws; ++s) {
+      const int64_t k = (draw + s) * row.padded + l;
+      V x = load(row.x + k), grad = load(row.grad_x + k);
+      for (int t = 0; t < Targets; ++t) grad += weight[s][t] * (x - y[t]);
+      store(row.grad_x + k, grad);
+    }
+  }
+}
+
 // Makes targets first ... first + Targets - 1 of the row and adds them to the fidelity and the gradients.
 template <int Targets, class V, class T, class Wide>
 CALM_INLINE double add_targets(const EnergyScore<T>& p, const Row<Wide>& row, int64_t r, int64_t first, double scale,
@@ -181,7 +219,7 @@ CALM_INLINE double add_targets(const EnergyScore<T>& p, const Row<Wide>& row, in
   for (int t = 0; t < Targets; ++t) {
     for (int64_t l = 0; l < row.padded; l += 4 * lanes<V>) {
       V uniform[4];
-      uniforms(static_cast<uint32_t>(l / 4), kTarget, static_cast<uint32_t>(first + t), p.rows[r], keys, uniform);
+      target_uniforms(row, l, static_cast<uint32_t>(first + t), p.rows[r], keys, uniform);
       for (int j = 0; j < 4; ++j) store(row.y + t * row.padded + l + j * lanes<V>, uniform[j]);
     }
   }
@@ -207,16 +245,9 @@ CALM_INLINE double add_targets(const EnergyScore<T>& p, const Row<Wide>& row, in
   double total = weigh<V>(row.weight, count, p.beta, scale);
 
   if (p.grad_x) {
-    for (int64_t s = 0; s < row.num_draws; ++s) {
-      const DrawWeights<Targets, Wide> weights(row, s);
-      V weight[Targets];
-      for (int t = 0; t < Targets; ++t) weight[t] = splat<V>(weights.first[t * weights.stride]);
-      for (int64_t l = 0; l < row.padded; l += lanes<V>) {
-        V x = load(row.x + s * row.padded + l), grad = load(row.grad_x + s * row.padded + l);
-        for (int t = 0; t < Targets; ++t) grad += weight[t] * (x - load(row.y + t * row.padded + l));
-        store(row.grad_x + s * row.padded + l, grad);
-      }
-    }
+    draw = 0;
+    for (; draw + kDrawTile <= row.num_draws; draw += kDrawTile) add_gradients<Targets, kDrawTile, V>(row, draw);
+    for (; draw < row.num_draws; ++draw) add_gradients<Targets, 1, V>(row, draw);
   }
   if (p.grad_mean) {
     for (int64_t l = 0; l < row.padded; l += lanes<V>) {
@@ -261,6 +292,7 @@ void energy_score_kernel(const EnergyScore<T>& p, AccumulateType<T>* scratch, in
     });
 
     const double mean_diversity = diversity<V>(row, p.beta);
+    start_targets(row, p.rows[r], keys);
     double total = 0;
     int64_t m = 0;
     for (; m + kTargetTile <= p.num_targets; m += kTargetTile) {
@@ -296,7 +328,7 @@ template <class T>
 void launch(Cpu device, const EnergyScore<T>& p) {
   if (p.num_rows == 0) return;
   const int64_t padded = (p.size + 63) / 64 * 64, draws_padded = (p.num_draws + 15) / 16 * 16;  // of the widest vectors
-  const int64_t scratch_size = (2 * p.num_draws + 12) * padded + 4 * draws_padded;
+  const int64_t scratch_size = (2 * p.num_draws + 14) * padded + 4 * draws_padded;
   const int64_t grain = 1 + 16384 / (p.num_targets * p.size + 1);  // about 20 us of work
   parallel_rows(device, p.num_rows, grain, [&](int64_t begin, int64_t end) {
     auto scratch = std::make_unique<AccumulateType<T>[]>(static_cast<size_t>(scratch_size));
