@@ -38,15 +38,17 @@ def noise(
     )
     check(dtype.is_floating_point, "dtype", "a floating-point type", dtype)
     seed = as_seed(seed, rows.device)
-    wide = torch.promote_types(dtype, torch.float32)
+    double = dtype == torch.float64
+    wide = torch.float64 if double else torch.float32
     if not _native.use_native("noise", rows, wide, DTYPES):
         return reference.noise(seed, rows, num_draws, length, stream, distribution, dtype)
     normal = distribution == "normal"
-    values = _native.call("noise", seed, rows, num_draws, length, int(stream), normal, wide)
+    values = _native.call("noise", seed, rows, num_draws, length, int(stream), normal, double)
     return values if wide == dtype else values.to(dtype)
 
 
-def _fake(seed, rows, num_draws, length, stream, normal, dtype):
+def _fake(seed, rows, num_draws, length, stream, normal, double_precision):
+    dtype = torch.float64 if double_precision else torch.float32
     return rows.new_empty((num_draws, rows.shape[0], length), dtype=dtype)
 
 
