@@ -35,6 +35,41 @@ constexpr int kDirectEntries = 4;
 // A float that is at least x >= 0.
 CALM_INLINE float above(double x) { return static_cast<float>(x) * (1 + kSlack); }
 
+// A row whose numbers are neither tiny nor huge, as most are; false for another.
+template <class T>
+CALM_INLINE bool round_row(const T* in, int64_t size, const ArgmaxScreen& screen, int64_t r) {
+  Float magnitudes{};  // never NaN, which the sums will show
+  each_run<Float>(0, size, [&](int64_t k, int64_t count) {
+    magnitudes = larger(absolute(load_some<Float>(in + k, count)), magnitudes);
+  });
+  const float most = largest(magnitudes);
+  if (!(most >= kSmallest && most <= kLargest)) return false;
+  const float inverse = kMost / most;
+  Quantum* quanta = static_cast<Quantum*>(screen.rows) + r * screen.padded_size;
+  Float squares{}, errors{};
+  each_run<Float>(0, size, [&](int64_t k, int64_t count) {
+    const Float u = load_some<Float>(in + k, count) * inverse, q = round_to_even(u), e = u - q;
+    squares += q * q;
+    errors += e * e;
+    typedef Quantum Quanta __attribute__((vector_size(kLanes * sizeof(Quantum))));
+    const Quanta narrow = __builtin_convertvector(__builtin_convertvector(q, Int) + kQuantumBias, Quanta);
+    std::memcpy(quanta + k, &narrow, sizeof narrow);
+  });
+  const double length = static_cast<double>(sum(squares));
+  if (length != length) return false;
+  for (int64_t k = (size + kLanes - 1) / kLanes * kLanes; k < screen.padded_size; ++k) {
+    quanta[k] = static_cast<Quantum>(kQuantumBias);
+  }
+  // the sums' own rounding, and that of u
+  const double sum_slack = 1 + static_cast<double>(size) * kAdditions;
+  const double norm = __builtin_sqrt(length) * sum_slack, root = __builtin_sqrt(static_cast<double>(size));
+  const double error = __builtin_sqrt(static_cast<double>(sum(errors))) * sum_slack;
+  screen.unit[r] = static_cast<double>(most / kMost);
+  screen.norm[r] = above(norm);
+  screen.error[r] = above(error + static_cast<double>(kSlack) * (norm + root));
+  return true;
+}
+
 // kTileRows rows from r on against the panel.
 template <class T>
 CALM_INLINE void scan_tile(const Search<T>& search, const Panel& panel, int64_t r, int64_t first) {
@@ -180,6 +215,9 @@ void screen_rows_kernel(const LinearArgmax<T>& p, const ArgmaxScreen& screen, in
   const double additions = static_cast<double>(p.size + 16) * kAdditions;
   for (int64_t r = begin; r < end; ++r) {
     const T* in = p.hidden + r * p.size;
+    if constexpr (sizeof(AccumulateType<T>) == 4) {
+      if (screen.rounded && round_row(in, p.size, screen, r)) continue;
+    }
     double most = 0, squares = 0, errors = 0, total = 0;
     for (int64_t k = 0; k < p.size; ++k) {
       const double x = __builtin_fabs(static_cast<double>(widen(in[k])));
