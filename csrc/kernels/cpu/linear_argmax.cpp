@@ -154,6 +154,7 @@ void scan_direct(const Search<T>& search, void* scratch, int64_t begin, int64_t 
   const int64_t size = search.p.size, padded_size = search.screen.padded_size;
   constexpr bool kWidens = sizeof(T) == 2;
   Wide* widened = static_cast<Wide*>(scratch);  // [kDirectEntries, padded_size] of a 16-bit weight
+  const Wide* hidden = static_cast<const Wide*>(search.screen.rows);  // [R, padded_size]
   for (int64_t first = begin; first < end; first += kDirectEntries) {
     const int count = static_cast<int>(end - first < kDirectEntries ? end - first : kDirectEntries);
     const T* narrow_weight[kDirectEntries];
@@ -168,13 +169,15 @@ void scan_direct(const Search<T>& search, void* scratch, int64_t begin, int64_t 
         weight[i] = narrow_weight[i];
       }
     }
-    V squares[kDirectEntries] = {};
+    V squares[kDirectEntries] = {}, first_sums[kDirectEntries] = {};  // the latter of row 0, in passing
     each_run<V>(0, size, [&](int64_t k, int64_t width) {
+      const V h = load(hidden + k);
 #pragma GCC unroll 4
       for (int i = 0; i < kDirectEntries; ++i) {
         prefetch(narrow_weight[i] + k, kAhead / static_cast<int64_t>(sizeof(T)));
         const V x = load_some<V>(narrow_weight[i] + k, width);
         squares[i] += x * x;
+        first_sums[i] += h * x;
         if constexpr (kWidens) store(widened + i * padded_size + k, x);
       }
     });
@@ -184,13 +187,16 @@ void scan_direct(const Search<T>& search, void* scratch, int64_t begin, int64_t 
       norm[i] = odd[i] ? __builtin_nanf("") : above(length * (1 + static_cast<double>(size) * kAdditions)) + kNormRoom;
     }
     for (int64_t r = 0; r < search.p.num_rows; ++r) {
-      const Wide* hidden = static_cast<const Wide*>(search.screen.rows) + r * padded_size;
-      V sums[kDirectEntries] = {};
-      each_run<V>(0, size, [&](int64_t k, int64_t width) {
-        const V x = load(hidden + k);
+      V sums[kDirectEntries];
+      std::memcpy(sums, first_sums, sizeof sums);
+      if (r > 0) {
+        for (V& sum : sums) sum = V{};
+        each_run<V>(0, size, [&](int64_t k, int64_t width) {
+          const V x = load(hidden + r * padded_size + k);
 #pragma GCC unroll 4
-        for (int i = 0; i < kDirectEntries; ++i) sums[i] += x * load_some<V>(weight[i] + k, width);
-      });
+          for (int i = 0; i < kDirectEntries; ++i) sums[i] += x * load_some<V>(weight[i] + k, width);
+        });
+      }
       float upper[kDirectEntries], lower[kDirectEntries];
       bool possible = false;
       const bool exact = search.screen.error[r] != search.screen.error[r];
