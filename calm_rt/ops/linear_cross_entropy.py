@@ -5,6 +5,7 @@ from torch import Tensor
 
 from calm_rt import _native, reference
 from calm_rt.ops.check import (
+    alike,
     check,
     check_device,
     check_float,
@@ -64,10 +65,12 @@ def linear_cross_entropy(
     check_shape("weight", weight, V=None, H=hidden.shape[1])
     check(weight.shape[0] >= 1, "weight", "at least one row", weight.shape)
     check_shape("target", target, R=hidden.shape[0])
-    check_float("hidden", hidden)
-    check_float("weight", weight)
+    if not alike(hidden, weight):
+        check_float("hidden", hidden)
+        check_float("weight", weight)
+        check_device(hidden.device, weight=weight)
     check_int64("target", target)
-    check_device(hidden.device, weight=weight, target=target)
+    check_device(hidden.device, target=target)
     check(reduction in REDUCTIONS, "reduction", EXPECTED_REDUCTION, repr(reduction))
     if denominator is not None:
         expected, got = "None unless reduction is 'mean'", f"reduction {reduction!r}"
