@@ -223,7 +223,7 @@ class _KeptLoss(torch.autograd.Function):
         )
         ctx.save_for_backward(hidden, weight, target, grad_logits)
         ctx.ignore_index = ignore_index
-        return total / divisor
+        return total.div_(divisor)
 
     @staticmethod
     def backward(ctx, grad_loss):
