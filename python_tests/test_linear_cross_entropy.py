@@ -71,6 +71,16 @@ def test_what_follows_the_loss_scales_its_gradients(reduction: str, factor: floa
     assert not ours[0][1].any()  # a row that counts nothing
 
 
+def test_batched_gradients_are_those_one_by_one() -> None:
+    x, weight, target = arguments()
+    loss = ops.linear_cross_entropy(x, weight, target)
+    factors = torch.tensor([1.0, 3.0])
+    (batched,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True, retain_graph=True)
+    for factor, gradient in zip(factors, batched, strict=True):
+        (expected,) = torch.autograd.grad(loss, x, factor, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
+
+
 def test_mean_over_nothing_is_nan_as_in_torch() -> None:
     x, weight, target = arguments()
     target.fill_(-100)

@@ -230,7 +230,7 @@ class _KeptLoss(torch.autograd.Function):
         _refuse_second_derivative()
         hidden, weight, target, grad_logits = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        if grad_loss.item() == 1:  # as it is where this loss is what one descends
+        if _is_one(grad_loss):  # this loss is what one descends
             products = _native.call(
                 "linear_cross_entropy_backward", grad_logits, hidden, weight, *needs
             )
@@ -239,6 +239,13 @@ class _KeptLoss(torch.autograd.Function):
             products = _from_grad_logits(grad_logits, hidden, weight, scale[:, None], needs)
         gradients = [g if need else None for g, need in zip(products, needs, strict=True)]
         return *gradients, None, None, None, None
+
+
+def _is_one(scale: Tensor) -> bool:
+    try:
+        return scale.item() == 1
+    except RuntimeError:  # of is_grads_batched: several, one in turn
+        return False
 
 
 def _refuse_second_derivative() -> None:
