@@ -84,15 +84,18 @@ def build_info() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def _check_isa() -> None:
-    """Warn where CALM_RT_CPU_ISA asks for what this processor or this build does not have."""
-    wanted, used = os.environ.get("CALM_RT_CPU_ISA"), build_info().get("isa")
-    if wanted and used and wanted != used:
-        warnings.warn(
-            "calm_rt: CALM_RT_CPU_ISA: expected portable, avx2 or avx512, one that this processor "
-            f"has, got {wanted!r}. Using {used}.",
-            stacklevel=2,
-        )
+def _check_environment() -> None:
+    """Warn where a variable asks for what this processor or this build does not have."""
+    expected = {
+        "CALM_RT_CPU_ISA": ("isa", "portable, avx2 or avx512, one that this processor has"),
+        "CALM_RT_CPU_PRODUCTS": ("products", "own or library"),
+    }
+    for name, (key, allowed) in expected.items():
+        wanted, used = os.environ.get(name), build_info().get(key)
+        if wanted and used and wanted != used:
+            warnings.warn(
+                f"calm_rt: {name}: expected {allowed}, got {wanted!r}. Using {used}.", stacklevel=2
+            )
 
 
 def why_reference(op: str, device: str, dtype: torch.dtype, dtypes: dict[str, tuple]) -> str | None:
@@ -166,4 +169,4 @@ class backend:
 
 
 _load_error = _load()
-_check_isa()
+_check_environment()

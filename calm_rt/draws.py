@@ -5,6 +5,7 @@ the rest), so round 0 is what `ops.sample_latents` draws, and a draw depends on 
 only.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +37,9 @@ class Draws:
 
     def of(self, contexts: Tensor) -> "Draws":
         """Those of some contexts.  contexts: [C] int64."""
-        return Draws(self._model, self._hidden[contexts], self.seed, self.rows[contexts])
+        some = copy.copy(self)
+        some._hidden, some.rows = self._hidden[contexts], self.rows[contexts]
+        return some
 
     def draw(self, number: int, count: int) -> Tensor:
         """The first `count` draws of a round, as far as all slots of a patch go together.
@@ -82,6 +85,18 @@ class Draws:
             dtype=torch.float64,
         ).unbind(-1)
         return (high + low * 2.0**-24).T
+
+    def places(self, number: int, tuples: int, n: int) -> Tensor:
+        """A uniform number for each member of the tuples of a round.  returns: [B, tuples, n]."""
+        return ops.noise(
+            self.rows,
+            tuples,
+            n,
+            seed=self.key(number),
+            stream=Stream.TUPLE,
+            distribution="uniform",
+            dtype=torch.float64,
+        ).transpose(0, 1)
 
     def choice(self) -> Tensor:
         """The uniform number with which `ops.select_patch` chooses.  returns: [B] float64."""

@@ -4,7 +4,8 @@ A patch competes at level m if m candidates of the pool are equal to it, so each
 be shared by m candidates. Slots are decoded one after another; candidates that agree so far are a
 group, and its size bounds how often any patch in it can occur. Only groups that can still compete
 are split further. What is left undecided occurs too seldom to compete, whatever it is, so the
-choice is, bit for bit, that of `ops.select_patch` on the fully decoded pool.
+choice is, bit for bit, that of the fully decoded pool: of its tuples (calm_rt.tuples) where one
+decides, otherwise of `ops.select_patch`.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from calm_rt import ops
 from calm_rt.draws import Draws
+from calm_rt.tuples import Tuples
 
 # How many tokens cost as much as one more pass over the vocabulary. Measured with V 128,257 and
 # H 512 on an AVX-512 CPU with its screen (6 ms and 0.19 ms a row on one thread); for CUDA from
@@ -26,6 +28,7 @@ class Vote(NamedTuple):
     patches: Tensor  # [B, K] int64
     slots: Tensor  # [B] int64, tokens decoded
     matched: Tensor  # [B] bool, a candidate begins with the known tokens
+    sure: Tensor  # [B] bool, a tuple of equal candidates decided
 
 
 class Pools:
@@ -97,6 +100,22 @@ class Pools:
             if len(members):
                 self._split_by(slot, members)
 
+    def decide(self, tuples: Tuples) -> tuple[Tensor, Tensor]:
+        """Which pools a tuple decides, and the candidate that it chooses; those need no vote.
+
+        returns: [B] bool; [B] int64.
+        """
+        self.split(self.alive)
+        tokens = self.tokens.unflatten(1, self.shape).permute(1, 2, 0)  # [B, S, K], a view
+        hopeful = tuples.equal(tokens[..., :1])  # [B, T]
+        members = hopeful.nonzero()[:, :1] * self.shape[1] + tuples.candidates[hopeful]  # [N, n]
+        wanted = torch.zeros_like(self.tokens, dtype=torch.bool)
+        wanted[:, members.flatten()] = True
+        self.decode(wanted)
+        found, chosen = tuples.find(tokens)
+        self.count[found] = 0
+        return found, chosen
+
     def whole(self) -> Tensor:
         """[B, S] bool, the candidates of groups in which every slot is known."""
         return self.depth == len(self.tokens)
@@ -146,7 +165,13 @@ def settle(pools: Pools, n: int) -> None:
         pools.split(chosen)
 
 
-def vote(draws: Draws, states: Tensor, n: int, prefix: Tensor | None = None) -> Vote:
+def vote(
+    draws: Draws,
+    states: Tensor,
+    n: int,
+    prefix: Tensor | None = None,
+    tuples: Tuples | None = None,
+) -> Vote:
     """Algorithm 2 at temperature 1 / n among the candidates that begin with known tokens.
 
     Draws that begin with the known tokens are draws of the conditional distribution, whose power
@@ -155,6 +180,7 @@ def vote(draws: Draws, states: Tensor, n: int, prefix: Tensor | None = None) -> 
     n = 1 takes any of them, which is exact.
     states: [B, S, H], of `draws`.
     prefix: [B, K] int64, -1 where free.
+    tuples: which decide where they can, of pools without known tokens.
     """
     (num_pools, size), device = states.shape[:2], states.device
     pools = Pools(draws, states)
@@ -164,6 +190,9 @@ def vote(draws: Draws, states: Tensor, n: int, prefix: Tensor | None = None) -> 
     place = (draws.choice() * pools.alive.sum(1)).long()  # [B]
     chosen = (pools.alive.cumsum(1) > place[:, None]).int().argmax(1)
     pools.promised[torch.arange(num_pools, device=device), chosen] = True
+    sure = torch.zeros(num_pools, dtype=torch.bool, device=device)
+    if tuples is not None:
+        sure, equal = pools.decide(tuples)
     if min(n, size) > 1:
         settle(pools, n)
         blanks = -1 - torch.arange(size, device=device)  # [S], equal to no token and to each other
@@ -173,8 +202,10 @@ def vote(draws: Draws, states: Tensor, n: int, prefix: Tensor | None = None) -> 
         elected = ops.select_patch(known, n=n, seed=draws.seed, rows=draws.rows)
         repeats = pools.count.gather(1, elected[:, None]).squeeze(1) > 1
         chosen = torch.where(repeats, elected, chosen)
+    if tuples is not None:
+        chosen = torch.where(sure, equal, chosen)
     ids = torch.arange(num_pools, device=device) * size + chosen
     wanted = torch.zeros_like(pools.tokens, dtype=torch.bool)
     wanted[:, ids] = True
     pools.decode(wanted)
-    return Vote(pools.tokens[:, ids].T, pools.slots, pools.alive.any(1))
+    return Vote(pools.tokens[:, ids].T, pools.slots, pools.alive.any(1), sure)

@@ -27,6 +27,7 @@ class Stream(enum.IntEnum):
     DROPOUT = 6  # dropout on the latent vector
     ORDER = 7  # order of the training blocks
     PROBE = 8  # noise put on latents to measure robustness
+    TUPLE = 9  # tuples of draws that are tried before a pool is drawn
 
 
 # ---- random numbers: Philox4x32-10, Salmon et al. 2011 ----

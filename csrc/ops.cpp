@@ -22,7 +22,11 @@
 
 namespace calm_rt {
 
-std::string build_info() { return std::string(kBuildInfo) + "isa=" + isa_name(isa()) + "\n"; }
+std::string build_info() {
+  const std::string chosen =
+      std::string("isa=") + isa_name(isa()) + "\nproducts=" + (own_products() ? "own" : "library");
+  return kBuildInfo + chosen + "\n";
+}
 
 bool has_cuda() {
 #ifdef CALM_RT_CUDA

@@ -27,7 +27,10 @@ class PlantedDraws(Draws):
         self.decoded, self.passes = 0, 0
 
     def of(self, contexts: Tensor) -> "PlantedDraws":
-        return PlantedDraws(self.patches, self.weights[contexts], self.seed, self.rows[contexts])
+        weights, rows = self.weights[contexts], self.rows[contexts]
+        some = PlantedDraws(self.patches, weights, self.seed, rows)
+        some.size_of_search = self.size_of_search
+        return some
 
     def draw(self, number: int, count: int) -> Tensor:
         total = self.weights.cumsum(1)  # [B, X]

@@ -19,7 +19,9 @@ def test_generate(folder, capsys):
     both = [*command, "--prompt", "The cat", "A dog"]
     results = lines_of(capsys, *both, "--temperature", "1/2", "--json")
     assert [(r["index"], r["prompt"]) for r in results] == [(0, "The cat"), (1, "A dog")]
-    assert all(len(r["ids"]) <= 9 and r["draws"] == 200 * r["steps"] for r in results)
+    assert all(
+        len(r["ids"]) <= 9 and 8 * r["steps"] <= r["draws"] <= 208 * r["steps"] for r in results
+    )
     again = lines_of(capsys, *both, "--temperature", "0.5", "--json", "--max-batch-size", 1)
     assert [r["ids"] for r in again] == [r["ids"] for r in results]
     plain = output_of(capsys, *both, "--temperature", "1/2")

@@ -1,6 +1,7 @@
 """The CPU kernels of every instruction set that this processor has, in processes told which to use.
 
-CALM_RT_CPU_ISA is read once, at the import; what cannot be served is said.
+CALM_RT_CPU_ISA and CALM_RT_CPU_PRODUCTS are read once, at the import; what cannot be served is
+said.
 """
 
 import functools
@@ -11,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
-import calm_rt
-
-ISAS = ("portable", "avx2", "avx512")
+ROOT = Path(__file__).resolve().parents[1]
+ISA_FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")] + ["-mfma", "-mf16c"],
+}
+ISAS = tuple(ISA_FLAGS)
 LAWS = "error_at_most or views_equal or expanded_rows or two_runs or thread_count"
 
 # One line for each case whose output is whole numbers: exact ids, choices, steps of uniforms.
@@ -34,13 +39,14 @@ for case in CASES:
 """
 
 
-def environment(isa: str) -> dict[str, str]:
-    return {**os.environ, "CALM_RT_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+def environment(isa: str, products: str = "") -> dict[str, str]:
+    chosen = {"CALM_RT_CPU_ISA": isa, "CALM_RT_CPU_PRODUCTS": products}
+    return {**os.environ, **chosen, "OMP_NUM_THREADS": "1"}
 
 
-def in_process(isa: str, program: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, env=environment(isa), capture_output=True, text=True, check=True)
+def in_process(isa: str, program: str, products: str = "") -> subprocess.CompletedProcess:
+    command, variables = [sys.executable, "-c", program], environment(isa, products)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
 
 
 @functools.cache
@@ -57,19 +63,61 @@ def needs(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_laws_hold(isa: str) -> None:
+    """With our products of floats; test_ops.py has the laws with those that this process takes."""
     needs(isa)
-    if isa == calm_rt.info()["build"]["isa"]:
-        pytest.skip("this process uses it in test_ops.py itself")
     files = ["test_ops.py", "test_linear_argmax.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-k", f"{LAWS} or test_linear_argmax", *files]
     result = subprocess.run(
         command,
         cwd=Path(__file__).parent,
-        env=environment(isa),
+        env=environment(isa, "own"),
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stdout[-2000:]
+
+
+def run_program(isa: str, name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    """A C++ program of this folder, made for an instruction set."""
+    needs(isa)
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("not in a checkout")
+    arithmetic = ["-std=c++20", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-w"]
+    command = [os.environ.get("CXX", "c++"), *arithmetic, *flags, *ISA_FLAGS[isa]]
+    source = [f"-DCALM_ISA={isa}", f"-I{ROOT / 'csrc'}", ROOT / "python_tests" / f"{name}.cpp"]
+    subprocess.run([*command, *source, "-o", folder / name], check=True)
+    return subprocess.run([folder / name], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_products_are_right(isa: str, tmp_path: Path) -> None:
+    """Within rounding, the same for any number of rows, and not a byte out of bounds."""
+    result = run_program(isa, "product", tmp_path, "-fsanitize=address,undefined")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_exponential_is_within_one_unit_in_the_last_place(isa: str, tmp_path: Path) -> None:
+    result = run_program(isa, "exponential", tmp_path)
+    assert result.returncode == 0 and float(result.stdout) <= 1, result.stdout
+
+
+PRODUCT = """
+import torch, calm_rt
+from calm_rt import ops
+
+print(calm_rt.info()["build"]["products"])
+torch.manual_seed(0)
+x, gate, up = (torch.randn(rows, 1000) for rows in (20, 96, 96))  # beyond one block
+print(ops.gated_mlp(x, torch.ones(1000), gate, up, torch.randn(1000, 96)).double().sum().item())
+"""
+
+
+def test_whose_products_are_used() -> None:
+    """And each does compute: their bits differ."""
+    own, library = (in_process("", PRODUCT, whose).stdout.split() for whose in ("own", "library"))
+    assert (own[0], library[0]) == ("own", "library") and own[1] != library[1]
+    assert in_process("", PRODUCT).stdout.split() in (own, library)
 
 
 def test_whole_numbers_have_the_same_bits() -> None:
@@ -89,6 +137,7 @@ def test_info_shows_it(isa: str) -> None:
 
 @pytest.mark.parametrize("wanted", ["avx9000", "AVX2", "none"])
 def test_a_request_that_cannot_be_served_is_said(wanted: str) -> None:
-    result = in_process(wanted, "import calm_rt")
+    result = in_process(wanted, "import calm_rt", wanted)
     assert f"got {wanted!r}. Using {used('')}" in result.stderr
-    assert "CALM_RT_CPU_ISA" not in in_process("", "import calm_rt").stderr
+    assert f"CALM_RT_CPU_PRODUCTS: expected own or library, got {wanted!r}" in result.stderr
+    assert "CALM_RT_CPU" not in in_process("", "import calm_rt").stderr

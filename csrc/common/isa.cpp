@@ -45,6 +45,23 @@ bool has_fast_half() {
 #endif
 }
 
+static bool choose_own_products() {
+  if (const char* wanted = std::getenv("CALM_RT_CPU_PRODUCTS")) {
+    if (std::strcmp(wanted, "own") == 0) return true;
+    if (std::strcmp(wanted, "library") == 0) return false;
+  }
+#ifdef __x86_64__
+  return isa() != Isa::kPortable && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+bool own_products() {
+  static const bool chosen = choose_own_products();
+  return chosen;
+}
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::kAvx512:

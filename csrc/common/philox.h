@@ -24,6 +24,7 @@ enum Stream : uint32_t {
   kDropout = 6,
   kOrder = 7,
   kProbe = 8,
+  kTuple = 9,
 };
 
 struct PhiloxWords {

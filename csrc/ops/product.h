@@ -1,4 +1,5 @@
-// Products by the library that have the same bits for every number of threads.
+// Products that have the same bits for every number of threads, by the library or, of floats where that is slow, by
+// kernels/product.h.
 //
 // A product on several threads may share its inner dimension out among them. Here threads take tasks, cut by shapes
 // alone, and within a parallel region the library computes each product on one thread: the tasks are those of an op, or
@@ -12,6 +13,8 @@
 #include <optional>
 #include <utility>
 
+#include "common/isa.h"
+#include "kernels/product.h"
 #include "ops/tensor.h"
 
 // From torch's generated C shim, as inductor's programs call it.
@@ -84,10 +87,41 @@ void each_column_range(const Matrix<T>& a, const Matrix<T>& b, const Body& body)
                     [&](int64_t task, int64_t) { body(task * most, std::min(most, b.columns - task * most)); });
 }
 
+constexpr int64_t kLibraryRows = 4;  // memory bounds their products, and packing b would cost more than it saves
+
+// out = a b [+ bias] without the library; false where the library is to do it.
+template <class Device, class T>
+bool multiply_here(const Matrix<T>& a, const Matrix<T>& b, const T* bias, const Matrix<T>& out) {
+  if constexpr (std::is_same_v<Device, Cpu> && std::is_same_v<T, float>) {
+    if (a.rows <= kLibraryRows || out.transposed || !own_products()) return false;
+    const auto strides = [](const Matrix<T>& matrix) {
+      return matrix.transposed ? std::pair<int64_t, int64_t>{1, matrix.step()}
+                               : std::pair<int64_t, int64_t>{matrix.step(), 1};
+    };
+    const auto [a_row, a_column] = strides(a);
+    const auto [b_row, b_column] = strides(b);
+    launch(Cpu{}, MatrixProduct{.a = a.data,
+                                .a_row = a_row,
+                                .a_column = a_column,
+                                .b = b.data,
+                                .b_row = b_row,
+                                .b_column = b_column,
+                                .bias = bias,
+                                .out = const_cast<T*>(out.data),
+                                .out_row = out.step(),
+                                .rows = a.rows,
+                                .depth = a.columns,
+                                .columns = b.columns});
+    return true;
+  }
+  return false;
+}
+
 // out = a b; `like` has their device and type.
 template <class Device, class T>
 void multiply(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out, const Tensor& like) {
   each_column_range<Device>(a, b, [&](int64_t first, int64_t count) {
+    if (multiply_here<Device, T>(a, b.column_range(first, count), nullptr, out.column_range(first, count))) return;
     const Tensor a_ = a.tensor(like), b_ = b.column_range(first, count).tensor(like);
     const Tensor out_ = out.column_range(first, count).tensor(like);
     if constexpr (std::is_same_v<Device, Cpu>) {
@@ -105,6 +139,7 @@ void multiply(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out, cons
 template <class Device, class T>
 void multiply(const Matrix<T>& a, const Matrix<T>& b, const T* bias, const Matrix<T>& out, const Tensor& like) {
   each_column_range<Device>(a, b, [&](int64_t first, int64_t count) {
+    if (multiply_here<Device, T>(a, b.column_range(first, count), bias + first, out.column_range(first, count))) return;
     const std::array<int64_t, 1> sizes{count}, strides{1};
     const Tensor bias_ =
         torch::stable::from_blob(const_cast<T*>(bias) + first, sizes, strides, like.device(), like.scalar_type());

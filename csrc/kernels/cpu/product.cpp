@@ -1,0 +1,148 @@
+// A product of float matrices on one CPU thread, after Goto and van de Geijn (2008): a block of b is packed into panels
+// that stay in the second cache, rows of a into a strip that stays in the first, and a tile of sums in registers meets
+// both front to back.
+#include "kernels/product.h"
+
+#include "kernels/cpu/select.h"
+#include "kernels/cpu/simd.h"
+
+namespace calm_rt {
+
+CALM_EACH_ISA(void product_kernel(const MatrixProduct& p);)
+
+namespace CALM_ISA {
+namespace {
+
+// A tile's sums, two vectors of b and one number of a fill the registers: 32 with AVX-512, otherwise 16.
+#if defined(__AVX512F__)
+constexpr int kRows = 14;
+#else
+constexpr int kRows = 6;
+#endif
+constexpr int kColumns = 2 * kLanes;
+// 384 KB of b and 14 KB of a. On a Xeon with 2 MB of second cache 192 to 384 deep and 384 to 640 wide differ by 3 %.
+constexpr int64_t kDepth = 256, kWidth = 384;
+
+// Turns up to kLanes rows of kLanes numbers, `row` apart, into as many columns, `to_row` apart.
+CALM_INLINE void transpose(const float* from, int64_t row, int64_t count, float* to, int64_t to_row) {
+  Float v[kLanes];
+  Int lane;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = i < count ? load(from + i * row) : Float{};
+    lane[i] = i;
+  }
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {  // swaps squares of this size across the diagonal
+    const Int lower = (lane & half) != 0 ? lane - half + kLanes : lane;
+    const Int upper = (lane & half) != 0 ? lane + kLanes : lane + half;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & half) continue;
+      const Float a = v[i], b = v[i + half];
+      v[i] = __builtin_shuffle(a, b, lower);
+      v[i + half] = __builtin_shuffle(a, b, upper);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(to + i * to_row, v[i]);
+}
+
+// Packs `count` rows of `depth` numbers: number k of row r goes to to[k * kStep + r], and zeros up to kStep.
+template <int kStep>
+CALM_INLINE void pack(const float* from, int64_t row, int64_t column, int64_t count, int64_t depth, float* to) {
+  if (row == 1 && count == kStep) {
+    for (int64_t k = 0; k < depth; ++k) std::memcpy(to + k * kStep, from + k * column, kStep * sizeof(float));
+    return;
+  }
+  int64_t k = 0;
+  if (column == 1) {
+    for (; k + kLanes <= depth; k += kLanes) {
+      for (int r = 0; r < kStep; r += kLanes) {
+        constexpr int kRest = kStep % kLanes;
+        const int64_t rows = count - r < kLanes ? count - r : kLanes;
+        if (r + kLanes <= kStep) {
+          transpose(from + r * row + k, row, rows, to + k * kStep + r, kStep);
+        } else {
+          alignas(64) float square[kLanes * kLanes];
+          transpose(from + r * row + k, row, rows, square, kLanes);
+          for (int i = 0; i < kLanes; ++i) {
+            std::memcpy(to + (k + i) * kStep + r, square + i * kLanes, kRest * sizeof(float));
+          }
+        }
+      }
+    }
+  }
+  for (; k < depth; ++k) {
+    for (int64_t r = 0; r < kStep; ++r) to[k * kStep + r] = r < count ? from[r * row + k * column] : 0;
+  }
+}
+
+// The sums of kCount rows and kColumns columns, to[r * kColumns + n]. What is stored here the caller adds up: more work
+// in this function, and the compiler keeps sums in memory.
+template <int kCount>
+CALM_INLINE void add_tile(const float* a, const float* b, int64_t depth, float* to) {
+  Float sum[kCount][2] = {};
+  for (int64_t k = 0; k < depth; ++k, a += kRows, b += kColumns) {
+    const Float first = load(b), second = load(b + kLanes);
+#pragma GCC unroll 14
+    for (int r = 0; r < kCount; ++r) {
+      const Float x = a[r] - Float{};  // x + 0 would be an addition: it turns -0 into 0
+      sum[r][0] += x * first;
+      sum[r][1] += x * second;
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < kCount; ++r) {
+    store(to + r * kColumns, sum[r][0]);
+    store(to + r * kColumns + kLanes, sum[r][1]);
+  }
+}
+
+template <int kCount = kRows>
+CALM_INLINE void add_rows(int64_t count, const float* a, const float* b, int64_t depth, float* to) {
+  if (count == kCount) return add_tile<kCount>(a, b, depth, to);
+  if constexpr (kCount > 1) add_rows<kCount - 1>(count, a, b, depth, to);
+}
+
+CALM_INLINE int64_t at_most(int64_t limit, int64_t count) { return count < limit ? count : limit; }
+
+}  // namespace
+
+void product_kernel(const MatrixProduct& p) {
+  alignas(64) float panels[kDepth * kWidth], strip[kDepth * kRows], sums[kRows * kColumns];
+  for (int64_t n0 = 0; n0 < p.columns; n0 += kWidth) {
+    const int64_t width = at_most(kWidth, p.columns - n0);
+    for (int64_t k0 = 0; k0 == 0 || k0 < p.depth; k0 += kDepth) {  // once also for depth 0
+      const int64_t depth = at_most(kDepth, p.depth - k0);
+      const float* b = p.b + k0 * p.b_row + n0 * p.b_column;
+      for (int64_t n = 0; n < width; n += kColumns) {
+        pack<kColumns>(b + n * p.b_column, p.b_column, p.b_row, at_most(kColumns, width - n), depth,
+                       panels + n * kDepth);
+      }
+      for (int64_t m = 0; m < p.rows; m += kRows) {
+        const int64_t count = at_most(kRows, p.rows - m);
+        pack<kRows>(p.a + m * p.a_row + k0 * p.a_column, p.a_row, p.a_column, count, depth, strip);
+        for (int64_t n = 0; n < width; n += kColumns) {
+          add_rows(count, strip, panels + n * kDepth, depth, sums);
+          for (int64_t r = 0; r < count; ++r) {
+            float* out = p.out + (m + r) * p.out_row + n0 + n;
+            const float* before = k0 > 0 ? out : p.bias ? p.bias + n0 + n : nullptr;
+            each_run<Float>(0, at_most(kColumns, width - n), [&](int64_t i, int64_t lanes) {
+              const Float sum = load(sums + r * kColumns + i);
+              store_some(out + i, before ? sum + load_some<Float>(before + i, lanes) : sum, lanes);
+            });
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace CALM_ISA
+
+#ifdef CALM_ISA_PORTABLE
+void launch(Cpu, const MatrixProduct& p) { CALM_SELECT(product_kernel)(p); }
+#endif
+
+}  // namespace calm_rt

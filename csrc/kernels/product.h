@@ -1,0 +1,30 @@
+// A product of float matrices on one CPU thread:
+//
+//   out = a b [+ bias]
+//
+// Where the library multiplies floats below the processor's rate, which its choice of instructions by the processor's
+// maker brings about, the ops multiply here instead (own_products in common/isa.h). Each number of `out` is a sum over
+// depth in one order, whatever surrounds it, so a row's bits do not depend on the number of rows. Reads a once for
+// every 384 columns and b once; computes rows * depth * columns products.
+#pragma once
+#include <cstdint>
+
+#include "common/device.h"
+
+namespace calm_rt {
+
+struct MatrixProduct {
+  const float* a;  // [rows, depth]
+  int64_t a_row, a_column;
+  const float* b;  // [depth, columns]
+  int64_t b_row, b_column;
+  const float* bias;  // [columns], or nullptr
+  float* out;         // [rows, columns], its rows contiguous
+  int64_t out_row;
+  int64_t rows, depth, columns;  // a_row and the like: from row to row, and from column to column
+};
+
+// Runs on the calling thread.
+void launch(Cpu device, const MatrixProduct& p);
+
+}  // namespace calm_rt
