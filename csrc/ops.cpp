@@ -42,7 +42,7 @@ STABLE_TORCH_LIBRARY(calm_rt, m) {
   m.def("build_info() -> str");
   m.def("has_cuda() -> bool");
   m.def(
-      "noise(Tensor seed, Tensor rows, int num_draws, int length, int stream, bool normal, ScalarType dtype) -> "
+      "noise(Tensor seed, Tensor rows, int num_draws, int length, int stream, bool normal, bool double_precision) -> "
       "Tensor");
   m.def(
       "decode(Tensor latents, Tensor latent, Tensor latent_bias, Tensor[] patch_layers, Tensor expand, Tensor "

@@ -51,6 +51,29 @@ def test_ignored_rows_count_nothing(reduction: str, ignore_index: int) -> None:
     assert not gradients(ops.linear_cross_entropy(x, weight, target, **options), x)[0][1].any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("factor", [1.0, 0.3, 0.0, torch.inf])
+def test_what_follows_the_loss_scales_its_gradients(reduction: str, factor: float) -> None:
+    x, weight, target = arguments()
+    ours, theirs = (
+        gradients(factor * function(x, weight, target, reduction=reduction), x, weight)
+        for function in (ops.linear_cross_entropy, reference.linear_cross_entropy)
+    )
+    if factor != torch.inf:
+        torch.testing.assert_close(ours, theirs)
+    assert not ours[0][1].any()  # a row that counts nothing
+
+
+def test_batched_gradients_are_those_one_by_one() -> None:
+    x, weight, target = arguments()
+    loss = ops.linear_cross_entropy(x, weight, target)
+    factors = torch.tensor([1.0, 3.0])
+    (batched,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True, retain_graph=True)
+    for factor, gradient in zip(factors, batched, strict=True):
+        (expected,) = torch.autograd.grad(loss, x, factor, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
+
+
 def test_mean_over_nothing_is_nan_as_in_torch() -> None:
     x, weight, target = arguments()
     target.fill_(-100)

@@ -177,7 +177,7 @@ def test_noise_equals_the_reference(simulator, case: Case) -> None:
         (arguments["num_draws"], arguments["length"]),
     )
     normal = arguments["distribution"] == "normal"
-    out = simulator.noise(seed, rows, *sizes, Stream.HEAD, normal, torch.float32)
+    out = simulator.noise(seed, rows, *sizes, Stream.HEAD, normal, False)
     exact = reference.noise(
         seed, rows, *sizes, Stream.HEAD, arguments["distribution"], torch.float64
     )
@@ -192,9 +192,7 @@ def test_noise_equals_the_reference(simulator, case: Case) -> None:
 
 
 def test_noise_without_rows(simulator) -> None:
-    out = simulator.noise(
-        torch.tensor(1), torch.empty(0, dtype=torch.int64), 3, 5, 0, True, torch.float32
-    )
+    out = simulator.noise(torch.tensor(1), torch.empty(0, dtype=torch.int64), 3, 5, 0, True, False)
     assert out.shape == (3, 0, 5)
 
 

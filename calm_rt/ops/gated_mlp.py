@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from calm_rt import _native, reference
-from calm_rt.ops.check import check, check_device, check_float, check_shape
+from calm_rt.ops.check import alike, check, check_device, check_float, check_shape
 from calm_rt.reference import MlpWeights
 
 DTYPES = {
@@ -30,19 +30,11 @@ def gated_mlp(
     Raises ValueError for other shapes, types or devices.
     Source: the official AELayer.
     """
-    check(x.ndim >= 1, "x", "shape [..., H]", list(x.shape))
-    hidden_size, intermediate_size = x.shape[-1], gate.shape[0] if gate.ndim else None
-    check_shape("norm_weight", norm_weight, H=hidden_size)
-    check_shape("gate", gate, I=None, H=hidden_size)
-    check_shape("up", up, I=intermediate_size, H=hidden_size)
-    check_shape("down", down, H=hidden_size, I=intermediate_size)
-    for name, tensor in dict(x=x, norm_weight=norm_weight, gate=gate, up=up, down=down).items():
-        check_float(name, tensor)
-    check_device(x.device, norm_weight=norm_weight, gate=gate, up=up, down=down)
     device, dtype = x.device.type, x.dtype
     autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
-    for name, matrix in dict(gate=gate, up=up, down=down).items():
-        check(autocast or matrix.dtype == dtype, name, f"x's dtype {dtype}", matrix.dtype)
+    _check_shapes(x, norm_weight, gate, up, down)
+    if not alike(x, norm_weight, gate, up, down):
+        _check_types(autocast, x, norm_weight=norm_weight, gate=gate, up=up, down=down)
     if autocast:
         dtype = torch.get_autocast_dtype(device)
     if not _native.use_native("gated_mlp", x, dtype, DTYPES):
@@ -53,7 +45,7 @@ def gated_mlp(
     keep_products = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     out, _, _ = _native.call(
         "gated_mlp",
-        wide.reshape(-1, hidden_size),
+        wide if wide.ndim == 2 else wide.reshape(-1, x.shape[-1]),
         norm_weight.to(torch.promote_types(wide.dtype, torch.float32)),
         gate.to(dtype),
         up.to(dtype),
@@ -62,6 +54,27 @@ def gated_mlp(
         keep_products,
     )
     return out.view(x.shape)
+
+
+def _check_shapes(x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    """Raises ValueError unless the layer takes x."""
+    check(x.ndim >= 1, "x", "shape [..., H]", x.shape)
+    hidden_size, intermediate_size = x.shape[-1], gate.shape[0] if gate.ndim else None
+    check_shape("norm_weight", norm_weight, H=hidden_size)
+    check_shape("gate", gate, I=None, H=hidden_size)
+    check_shape("up", up, I=intermediate_size, H=hidden_size)
+    check_shape("down", down, H=hidden_size, I=intermediate_size)
+
+
+def _check_types(autocast: bool, x: Tensor, **weights: Tensor) -> None:
+    """Raises ValueError unless types and devices fit; the matrices' type may only under autocast
+    differ from x's."""
+    for name, tensor in dict(x=x, **weights).items():
+        check_float(name, tensor)
+    check_device(x.device, **weights)
+    for name, tensor in weights.items():
+        fits = autocast or tensor.dtype == x.dtype or name == "norm_weight"
+        check(fits, name, f"x's dtype {x.dtype}", tensor.dtype)
 
 
 def flat_layers(layers: list[MlpWeights]) -> list[Tensor]:

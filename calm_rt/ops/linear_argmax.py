@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from calm_rt import _native, reference
-from calm_rt.ops.check import check, check_device, check_float, check_shape
+from calm_rt.ops.check import alike, check, check_device, check_float, check_shape
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -30,10 +30,11 @@ def linear_argmax(hidden: Tensor, weight: Tensor, screen: Tensor | None = None) 
     """
     check_shape("hidden", hidden, R=None, H=None)
     check_shape("weight", weight, V=None, H=hidden.shape[1])
-    check(weight.shape[0] >= 1, "weight", "at least one row", list(weight.shape))
-    check_float("hidden", hidden)
-    check_float("weight", weight)
-    check_device(hidden.device, weight=weight)
+    check(weight.shape[0] >= 1, "weight", "at least one row", weight.shape)
+    if not alike(hidden, weight):
+        check_float("hidden", hidden)
+        check_float("weight", weight)
+        check_device(hidden.device, weight=weight)
     if screen is not None:
         check_screen("screen", screen)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from calm_rt import _native, reference
 from calm_rt.ops.check import (
+    alike,
     check,
     check_device,
     check_float,
@@ -20,6 +21,9 @@ DTYPES = {
 }
 
 REDUCTIONS = ("mean", "sum", "none")
+EXPECTED_REDUCTION = f"one of {REDUCTIONS}"
+
+FEW_ROWS = 1024  # up to which a list of the target is looked through faster than the tensor
 
 # Bytes of logits at a time, by device. Fewer rows mean that the weight and its gradient, which are
 # much larger than a row of hidden states, travel more often.
@@ -59,13 +63,15 @@ def linear_cross_entropy(
     """
     check_shape("hidden", hidden, R=None, H=None)
     check_shape("weight", weight, V=None, H=hidden.shape[1])
-    check(weight.shape[0] >= 1, "weight", "at least one row", list(weight.shape))
+    check(weight.shape[0] >= 1, "weight", "at least one row", weight.shape)
     check_shape("target", target, R=hidden.shape[0])
-    check_float("hidden", hidden)
-    check_float("weight", weight)
+    if not alike(hidden, weight):
+        check_float("hidden", hidden)
+        check_float("weight", weight)
+        check_device(hidden.device, weight=weight)
     check_int64("target", target)
-    check_device(hidden.device, weight=weight, target=target)
-    check(reduction in REDUCTIONS, "reduction", f"one of {REDUCTIONS}", repr(reduction))
+    check_device(hidden.device, target=target)
+    check(reduction in REDUCTIONS, "reduction", EXPECTED_REDUCTION, repr(reduction))
     if denominator is not None:
         expected, got = "None unless reduction is 'mean'", f"reduction {reduction!r}"
         check(reduction == "mean", "denominator", expected, got)
@@ -74,9 +80,7 @@ def linear_cross_entropy(
     if max_workspace_bytes is None:
         max_workspace_bytes = WORKSPACE_BYTES.get(hidden.device.type, WORKSPACE_BYTES["cuda"])
     check(max_workspace_bytes > 0, "max_workspace_bytes", "more than 0", max_workspace_bytes)
-    if may_look(target):
-        counted = torch.where(target == ignore_index, 0, target)
-        check_ids("target", counted, weight.shape[0])
+    count = _count(target, weight.shape[0], ignore_index) if may_look(target) else None
 
     hidden, weight = _one_dtype(hidden, weight)
     if not _native.use_native("linear_cross_entropy", hidden, hidden.dtype, DTYPES):
@@ -87,6 +91,9 @@ def linear_cross_entropy(
     # then to be scaled. For a few of them the gradient of the logits is smaller than that.
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = need_grad and _keeps_grad_logits(hidden, weight, max_workspace_bytes)
+    if keep and count and reduction != "none" and denominator is None:
+        divisor = 1 if reduction == "sum" else count
+        return _KeptLoss.apply(hidden, weight, target, divisor, ignore_index, max_workspace_bytes)
     ready = need_grad and not keep and reduction != "none"
     total, loss, *_ = _native.call(
         "linear_cross_entropy",
@@ -102,10 +109,19 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         return loss
-    total = total if ready else loss.sum()
+    total = loss.sum() if keep else total
     if reduction == "sum":
         return total
     return total / ((target != ignore_index).sum() if denominator is None else denominator)
+
+
+def _count(target: Tensor, vocab_size: int, ignore_index: int) -> int | None:
+    """How many rows count, or None for many rows; raises IndexError for a wrong target."""
+    few = len(target) <= FEW_ROWS
+    ids = [id for id in target.tolist() if id != ignore_index] if few else []
+    if not few or (ids and not 0 <= min(ids) <= max(ids) < vocab_size):
+        check_ids("target", torch.where(target == ignore_index, 0, target), vocab_size)
+    return len(ids) if few else None
 
 
 def _keeps_grad_logits(hidden: Tensor, weight: Tensor, max_bytes: int) -> bool:
@@ -117,7 +133,10 @@ def _keeps_grad_logits(hidden: Tensor, weight: Tensor, max_bytes: int) -> bool:
 
 def _one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the type that the product is taken in."""
-    dtype, device = torch.promote_types(hidden.dtype, weight.dtype), hidden.device.type
+    device = hidden.device.type
+    if hidden.dtype == weight.dtype and not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
@@ -167,11 +186,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_total, grad_loss, *_):
-    if torch.is_grad_enabled():  # create_graph=True: the saved gradient knows nothing of hidden
-        raise RuntimeError(
-            "linear_cross_entropy: the kernel's gradient cannot be differentiated again; "
-            'use calm_rt.backend("reference")'
-        )
+    _refuse_second_derivative()
     needs, gradients = ctx.needs_input_grad[:2], (None, None)
     if ctx.ready and grad_total is not None:
         gradients = [
@@ -190,6 +205,55 @@ def _backward(ctx, grad_total, grad_loss, *_):
             wide.to(ctx.dtype) if need else None for wide, need in zip(products, needs, strict=True)
         ]
     return *gradients, None, None, None, None, None, None, None
+
+
+class _KeptLoss(torch.autograd.Function):
+    """Sum or mean of the losses whose gradient of the logits is kept, in eager code on a CPU.
+
+    One node with nothing left to scale, where the op, a sum and a division make three: with few
+    rows these take as long as the products.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, divisor, ignore_index, max_workspace_bytes):
+        scale = hidden.new_full(target.shape, 1 / divisor)
+        options = ignore_index, max_workspace_bytes, False, False, True
+        total, _, _, _, grad_logits = _native.call(
+            "linear_cross_entropy", hidden, weight, target, scale, *options
+        )
+        ctx.save_for_backward(hidden, weight, target, grad_logits)
+        ctx.ignore_index = ignore_index
+        return total.div_(divisor)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        _refuse_second_derivative()
+        hidden, weight, target, grad_logits = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if _is_one(grad_loss):  # this loss is what one descends
+            products = _native.call(
+                "linear_cross_entropy_backward", grad_logits, hidden, weight, *needs
+            )
+        else:
+            scale = torch.where(target == ctx.ignore_index, 0, grad_loss)
+            products = _from_grad_logits(grad_logits, hidden, weight, scale[:, None], needs)
+        gradients = [g if need else None for g, need in zip(products, needs, strict=True)]
+        return *gradients, None, None, None, None
+
+
+def _is_one(scale: Tensor) -> bool:
+    try:
+        return scale.item() == 1
+    except RuntimeError:  # of is_grads_batched: several, one in turn
+        return False
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # create_graph=True: the saved gradient knows nothing of hidden
+        raise RuntimeError(
+            "linear_cross_entropy: the kernel's gradient cannot be differentiated again; "
+            'use calm_rt.backend("reference")'
+        )
 
 
 def _from_grad_logits(

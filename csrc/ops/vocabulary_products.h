@@ -11,12 +11,23 @@
 
 namespace calm_rt {
 
+// Up to so many rows a product on the CPU is a short one: four wide blocks will do, and grad_hidden is cut into blocks
+// instead of still fewer rows (64 rows, H 256, V 4096: 0.94 ms in blocks of 1024, and in tiles of 16 rows 1.39 ms).
+constexpr int64_t kFewProjectedRows = 128;
+
+template <class Device>
+bool few_rows(int64_t rows) {
+  return std::is_same_v<Device, Cpu> && rows <= kFewProjectedRows;
+}
+
 // Entries of the vocabulary that a product takes. On the GPU one fills the device; on the CPU there are sixteen blocks
 // for as many threads, of a size at which the library is fast and the gradient of the weight stays in a cache.
 template <class Device>
-int64_t vocabulary_block(int64_t vocabulary) {
+int64_t vocabulary_block(int64_t vocabulary, int64_t rows) {
   if (!std::is_same_v<Device, Cpu>) return std::min<int64_t>(vocabulary, 16384);
-  return std::min(vocabulary, std::clamp<int64_t>((vocabulary / 16 + 63) / 64 * 64, 128, 2048));
+  const auto part = [&](int64_t parts) { return (vocabulary / parts + 63) / 64 * 64; };
+  const int64_t narrowest = few_rows<Device>(rows) ? std::clamp<int64_t>(part(4), 256, 1024) : 128;
+  return std::min(vocabulary, std::clamp<int64_t>(part(16), narrowest, 2048));
 }
 
 // The type that products are taken in: float where the library is slower with `type`.
@@ -52,12 +63,14 @@ class VocabularyProducts {
         weight_(input<T>(weight)),
         vocabulary_(weight.size(0)),
         size_(weight.size(1)),
-        block_(vocabulary_block<Device>(vocabulary_)),
+        block_(vocabulary_block<Device>(vocabulary_, rows)),
         num_blocks_((vocabulary_ + block_ - 1) / block_),
         tile_(row_tile(rows)),
+        few_(few_rows<Device>(rows)),
         product_size_(need_grad ? std::max(tile_, block_) * size_ : 0) {
     const ScalarType type = product_type<Device>(hidden.scalar_type());
     products_ = allocate(hidden, {num_workers<Device>() * product_size_}, type);
+    parts_ = allocate(hidden, {need_grad && few_ ? num_blocks_ * rows * size_ : 0}, type);
     wide_hidden_ = allocate(hidden, {kWidens ? rows * size_ : 0}, type);
     wide_weight_ = allocate(hidden, {kWidens ? num_workers<Device>() * block_ * size_ : 0}, type);
   }
@@ -78,6 +91,7 @@ class VocabularyProducts {
 
   // grad_hidden [rows, H] = grad_logits weight
   void grad_hidden(P* grad_logits, int64_t rows, Wide* grad_hidden) {
+    if (few_) return grad_few(grad_logits, rows, grad_hidden);
     each_task<Device>((rows + tile_ - 1) / tile_, [&](int64_t task, int64_t worker) {
       const int64_t first = task * tile_, count = std::min(tile_, rows - first);
       for (int64_t index = 0; index < num_blocks_; ++index) {
@@ -103,6 +117,19 @@ class VocabularyProducts {
   static int64_t row_tile(int64_t rows) {
     if (!std::is_same_v<Device, Cpu>) return std::max<int64_t>(1, rows);
     return std::max<int64_t>(16, kWidens ? (rows + 3) / 4 : (rows + 7) / 8);
+  }
+
+  // The same with a task a block, whose parts are added up afterwards.
+  void grad_few(P* grad_logits, int64_t rows, Wide* grad_hidden) {
+    const int64_t count = rows * size_;
+    P* parts = output<P>(parts_);  // [blocks, rows, H]
+    each_task<Device>(num_blocks_, [&](int64_t index, int64_t worker) {
+      const Matrix<P> part{parts + index * count, rows, size_};
+      multiply<Device>(block_of(grad_logits, rows, index), block_of_weight(index, worker), part, parts_);
+    });
+    for (int64_t index = 0; index < num_blocks_; ++index) {
+      launch(device_, AddProduct<P>{parts + index * count, grad_hidden, count, index == 0});
+    }
   }
 
   int64_t width(int64_t index) const { return std::min(block_, vocabulary_ - index * block_); }
@@ -137,8 +164,10 @@ class VocabularyProducts {
 
   Device device_;
   const T* weight_;
-  int64_t vocabulary_, size_, block_, num_blocks_, tile_, product_size_;
-  Tensor products_, wide_hidden_, wide_weight_;  // scratch
+  int64_t vocabulary_, size_, block_, num_blocks_, tile_;
+  bool few_;
+  int64_t product_size_;
+  Tensor products_, parts_, wide_hidden_, wide_weight_;  // scratch
 };
 
 }  // namespace calm_rt

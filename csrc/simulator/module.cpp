@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
   m.def("set_schedule(int seed) -> ()");
   m.def("set_capability(int capability) -> ()");
   m.def(
-      "noise(Tensor seed, Tensor rows, int num_draws, int length, int stream, bool normal, ScalarType dtype) -> "
+      "noise(Tensor seed, Tensor rows, int num_draws, int length, int stream, bool normal, bool double_precision) -> "
       "Tensor");
   m.def(
       "decode(Tensor latents, Tensor latent, Tensor latent_bias, Tensor[] patch_layers, Tensor expand, Tensor "

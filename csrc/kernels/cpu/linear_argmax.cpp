@@ -35,6 +35,41 @@ constexpr int kDirectEntries = 4;
 // A float that is at least x >= 0.
 CALM_INLINE float above(double x) { return static_cast<float>(x) * (1 + kSlack); }
 
+// A row whose numbers are neither tiny nor huge, as most are; false for another.
+template <class T>
+CALM_INLINE bool round_row(const T* in, int64_t size, const ArgmaxScreen& screen, int64_t r) {
+  Float magnitudes{};  // never NaN, which the sums will show
+  each_run<Float>(0, size, [&](int64_t k, int64_t count) {
+    magnitudes = larger(absolute(load_some<Float>(in + k, count)), magnitudes);
+  });
+  const float most = largest(magnitudes);
+  if (!(most >= kSmallest && most <= kLargest)) return false;
+  const float inverse = kMost / most;
+  Quantum* quanta = static_cast<Quantum*>(screen.rows) + r * screen.padded_size;
+  Float squares{}, errors{};
+  each_run<Float>(0, size, [&](int64_t k, int64_t count) {
+    const Float u = load_some<Float>(in + k, count) * inverse, q = round_to_even(u), e = u - q;
+    squares += q * q;
+    errors += e * e;
+    typedef Quantum Quanta __attribute__((vector_size(kLanes * sizeof(Quantum))));
+    const Quanta narrow = __builtin_convertvector(__builtin_convertvector(q, Int) + kQuantumBias, Quanta);
+    std::memcpy(quanta + k, &narrow, sizeof narrow);
+  });
+  const double length = static_cast<double>(sum(squares));
+  if (length != length) return false;
+  for (int64_t k = (size + kLanes - 1) / kLanes * kLanes; k < screen.padded_size; ++k) {
+    quanta[k] = static_cast<Quantum>(kQuantumBias);
+  }
+  // the sums' own rounding, and that of u
+  const double sum_slack = 1 + static_cast<double>(size) * kAdditions;
+  const double norm = __builtin_sqrt(length) * sum_slack, root = __builtin_sqrt(static_cast<double>(size));
+  const double error = __builtin_sqrt(static_cast<double>(sum(errors))) * sum_slack;
+  screen.unit[r] = static_cast<double>(most / kMost);
+  screen.norm[r] = above(norm);
+  screen.error[r] = above(error + static_cast<double>(kSlack) * (norm + root));
+  return true;
+}
+
 // kTileRows rows from r on against the panel.
 template <class T>
 CALM_INLINE void scan_tile(const Search<T>& search, const Panel& panel, int64_t r, int64_t first) {
@@ -119,6 +154,7 @@ void scan_direct(const Search<T>& search, void* scratch, int64_t begin, int64_t 
   const int64_t size = search.p.size, padded_size = search.screen.padded_size;
   constexpr bool kWidens = sizeof(T) == 2;
   Wide* widened = static_cast<Wide*>(scratch);  // [kDirectEntries, padded_size] of a 16-bit weight
+  const Wide* hidden = static_cast<const Wide*>(search.screen.rows);  // [R, padded_size]
   for (int64_t first = begin; first < end; first += kDirectEntries) {
     const int count = static_cast<int>(end - first < kDirectEntries ? end - first : kDirectEntries);
     const T* narrow_weight[kDirectEntries];
@@ -133,13 +169,15 @@ void scan_direct(const Search<T>& search, void* scratch, int64_t begin, int64_t 
         weight[i] = narrow_weight[i];
       }
     }
-    V squares[kDirectEntries] = {};
+    V squares[kDirectEntries] = {}, first_sums[kDirectEntries] = {};  // the latter of row 0, in passing
     each_run<V>(0, size, [&](int64_t k, int64_t width) {
+      const V h = load(hidden + k);
 #pragma GCC unroll 4
       for (int i = 0; i < kDirectEntries; ++i) {
         prefetch(narrow_weight[i] + k, kAhead / static_cast<int64_t>(sizeof(T)));
         const V x = load_some<V>(narrow_weight[i] + k, width);
         squares[i] += x * x;
+        first_sums[i] += h * x;
         if constexpr (kWidens) store(widened + i * padded_size + k, x);
       }
     });
@@ -149,13 +187,16 @@ void scan_direct(const Search<T>& search, void* scratch, int64_t begin, int64_t 
       norm[i] = odd[i] ? __builtin_nanf("") : above(length * (1 + static_cast<double>(size) * kAdditions)) + kNormRoom;
     }
     for (int64_t r = 0; r < search.p.num_rows; ++r) {
-      const Wide* hidden = static_cast<const Wide*>(search.screen.rows) + r * padded_size;
-      V sums[kDirectEntries] = {};
-      each_run<V>(0, size, [&](int64_t k, int64_t width) {
-        const V x = load(hidden + k);
+      V sums[kDirectEntries];
+      std::memcpy(sums, first_sums, sizeof sums);
+      if (r > 0) {
+        for (V& sum : sums) sum = V{};
+        each_run<V>(0, size, [&](int64_t k, int64_t width) {
+          const V x = load(hidden + r * padded_size + k);
 #pragma GCC unroll 4
-        for (int i = 0; i < kDirectEntries; ++i) sums[i] += x * load_some<V>(weight[i] + k, width);
-      });
+          for (int i = 0; i < kDirectEntries; ++i) sums[i] += x * load_some<V>(weight[i] + k, width);
+        });
+      }
       float upper[kDirectEntries], lower[kDirectEntries];
       bool possible = false;
       const bool exact = search.screen.error[r] != search.screen.error[r];
@@ -180,6 +221,9 @@ void screen_rows_kernel(const LinearArgmax<T>& p, const ArgmaxScreen& screen, in
   const double additions = static_cast<double>(p.size + 16) * kAdditions;
   for (int64_t r = begin; r < end; ++r) {
     const T* in = p.hidden + r * p.size;
+    if constexpr (sizeof(AccumulateType<T>) == 4) {
+      if (screen.rounded && round_row(in, p.size, screen, r)) continue;
+    }
     double most = 0, squares = 0, errors = 0, total = 0;
     for (int64_t k = 0; k < p.size; ++k) {
       const double x = __builtin_fabs(static_cast<double>(widen(in[k])));
