@@ -244,7 +244,7 @@ class _KeptLoss(torch.autograd.Function):
 def _is_one(scale: Tensor) -> bool:
     try:
         return scale.item() == 1
-    except RuntimeError:  # of is_grads_batched: several, one in turn
+    except RuntimeError:  # under is_grads_batched: there are several
         return False
 
 
