@@ -121,7 +121,7 @@ def test_stream_tables_agree() -> None:
 def test_no_shared_symbol_is_compiled_for_one_instruction_set() -> None:
     """An inline std function compiled for AVX-512 could be the copy that the linker keeps."""
     built = ROOT.glob("build/*/CMakeFiles/cpu_avx512.dir/csrc/kernels/cpu/*.o")
-    objects = [path for path in built if "sanitize" not in path.parts]  # those share the sanitizers'
+    objects = [path for path in built if "sanitize" not in path.parts]  # its own
     if not objects:
         pytest.skip("installed from elsewhere: no object files here")
     listing = subprocess.run(
