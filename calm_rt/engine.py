@@ -19,7 +19,9 @@ from calm_rt.sequence import Sampling, TokenSequence
 
 PREFILL_CHUNK = 1024  # patches: their activations take less than the weights of any usual backbone
 
-TUPLES_FIRST = 0.15  # of the last contexts decided by tuples: then those are tried before pools are
+# Share of the last contexts that tuples decided from which on they are tried before pools: what
+# they cost in vain, for a lone sequence the more as few draws read all weights (on a CPU).
+TUPLES_FIRST, TUPLES_ALONE = 0.1, 0.15
 REMEMBERED = 16  # steps, about
 MOST_REPLAYS = 8  # graphs that are kept, of batch sizes and settings
 NOT_FINITE = "hidden states are NaN or inf (are the weights damaged?)"
@@ -53,7 +55,7 @@ class Engine:
             max_batch_size, len(weight), dtype=weight.dtype, device=weight.device
         )
         self.sequences: list[TokenSequence] = []  # sequences[i] holds slot i
-        self._sure_share = 1.3 * TUPLES_FIRST  # of the last contexts, what tuples decided
+        self._sure_share = 0.0  # of the last contexts, what tuples decided
         self._replays: dict[tuple[int, Sampling], Steps] = {}  # by batch size and settings
 
     @property
@@ -209,7 +211,7 @@ class Engine:
             known = [sequence.known for sequence in sequences]
             prefix = self._tensor([tokens + free[len(tokens) :] for tokens in known])
         settings = sequences[0].sampling._asdict()
-        settings["tuples_first"] = self._sure_share > TUPLES_FIRST
+        settings["tuples_first"] = self._sure_share > TUPLES_FIRST + TUPLES_ALONE / len(slots)
         hidden = self.hidden[self._tensor(slots)]
         try:
             sample = sample_patches(self.model, hidden, rows=rows, prefix=prefix, **settings)

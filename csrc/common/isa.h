@@ -15,8 +15,8 @@ const char* isa_name(Isa isa);
 bool has_fast_bfloat16();
 bool has_fast_half();
 
-// Whether kernels/product.h multiplies floats, not the library: MKL, torch's on x86, reaches a third to a half of the
-// rate of AMD's processors. CALM_RT_CPU_PRODUCTS=own|library overrules.
+// Whether kernels/product.h multiplies floats, not the library: MKL, torch's on x86, stays near half of the rate of
+// AMD's processors. CALM_RT_CPU_PRODUCTS=own|library overrules.
 bool own_products();
 
 }  // namespace calm_rt

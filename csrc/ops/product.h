@@ -76,13 +76,15 @@ void each_task(int64_t count, const Body& body, bool share_products = false) {
 // Calls body(first, count) for all columns of a product a b: in a task for all of them, elsewhere in tasks of ranges.
 template <class Device, class T, class Body>
 void each_column_range(const Matrix<T>& a, const Matrix<T>& b, const Body& body) {
-  // The library is slow at few columns: 16 rows through a map of 512 to 1,280 take 0.33 ms at once, 0.34 in ranges of
-  // 256 columns, 0.49 of 128 and 0.55 of 64.
-  constexpr int64_t kTasks = 8, kWidth = 256;
+  // The library is slow at few columns, the more so the fewer rows: 16 rows through a map of 512 to 1,280 take 0.31 ms
+  // at once, 0.31 in ranges of 256 columns, 0.45 of 128 and 0.50 of 64; 200 rows 1.75, 1.81, 1.88 and 2.04 ms.
+  constexpr int64_t kMost = 8, kNarrowRows = 96, kUnit = 16;
   constexpr int64_t kSmallest = 1 << 17;  // multiplications, 10 us of one thread where memory bounds them
   if (std::is_same_v<Device, Cuda> || in_task) return body(0, b.columns);
   const bool small = a.rows * a.columns * b.columns < kSmallest;
-  const int64_t most = small ? b.columns : (b.columns + kTasks * kWidth - 1) / (kTasks * kWidth) * kWidth;
+  const int64_t narrowest = a.rows < kNarrowRows ? 256 : 96;
+  const int64_t count = small ? 1 : std::clamp<int64_t>(b.columns / narrowest, 1, kMost);
+  const int64_t most = ((b.columns + count - 1) / count + kUnit - 1) / kUnit * kUnit;
   each_task<Device>(most == 0 ? 0 : (b.columns + most - 1) / most,
                     [&](int64_t task, int64_t) { body(task * most, std::min(most, b.columns - task * most)); });
 }
