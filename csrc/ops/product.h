@@ -83,7 +83,8 @@ void each_column_range(const Matrix<T>& a, const Matrix<T>& b, const Body& body)
   if (std::is_same_v<Device, Cuda> || in_task) return body(0, b.columns);
   const bool small = a.rows * a.columns * b.columns < kSmallest;
   const int64_t narrowest = a.rows < kNarrowRows ? 256 : 96;
-  const int64_t count = small ? 1 : std::clamp<int64_t>(b.columns / narrowest, 1, kMost);
+  int64_t count = 1;  // a power of two, which 2, 4 and 8 threads share evenly
+  while (!small && count < kMost && b.columns >= 2 * count * narrowest) count *= 2;
   const int64_t most = ((b.columns + count - 1) / count + kUnit - 1) / kUnit * kUnit;
   each_task<Device>(most == 0 ? 0 : (b.columns + most - 1) / most,
                     [&](int64_t task, int64_t) { body(task * most, std::min(most, b.columns - task * most)); });
