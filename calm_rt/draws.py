@@ -75,37 +75,19 @@ class Draws:
 
     def acceptance(self, number: int, count: int) -> Tensor:
         """A uniform number in steps of 2^-48 for each draw of a round.  returns: [B, count]."""
-        high, low = ops.noise(
-            self.rows,
-            count,
-            2,
-            seed=self.key(number),
-            stream=Stream.ACCEPTANCE,
-            distribution="uniform",
-            dtype=torch.float64,
-        ).unbind(-1)
-        return (high + low * 2.0**-24).T
+        high, low = self.uniforms(Stream.ACCEPTANCE, number, count, 2).unbind(-1)
+        return high + low * 2.0**-24
 
     def places(self, number: int, tuples: int, n: int) -> Tensor:
         """A uniform number for each member of the tuples of a round.  returns: [B, tuples, n]."""
-        return ops.noise(
-            self.rows,
-            tuples,
-            n,
-            seed=self.key(number),
-            stream=Stream.TUPLE,
-            distribution="uniform",
-            dtype=torch.float64,
-        ).transpose(0, 1)
+        return self.uniforms(Stream.TUPLE, number, tuples, n)
 
     def choice(self) -> Tensor:
         """The uniform number with which `ops.select_patch` chooses.  returns: [B] float64."""
-        return ops.noise(
-            self.rows,
-            1,
-            1,
-            seed=self.seed,
-            stream=Stream.CHOICE,
-            distribution="uniform",
-            dtype=torch.float64,
-        ).flatten()
+        return self.uniforms(Stream.CHOICE, 0, 1, 1).flatten()
+
+    def uniforms(self, stream: Stream, number: int, count: int, length: int) -> Tensor:
+        """Uniform numbers for each draw of a round.  returns: [B, count, length] float64."""
+        key, options = self.key(number), {"distribution": "uniform", "dtype": torch.float64}
+        values = ops.noise(self.rows, count, length, seed=key, stream=stream, **options)
+        return values.transpose(0, 1)

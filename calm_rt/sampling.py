@@ -112,8 +112,8 @@ def sample_patches(
         count, in further pools if there is none in the first. If there is none within max_draws, a
         warning says so, and the tokens are put over what the last pool chooses.
     tuples_first: whether the few draws that may decide for a pool are made and decoded before its
-        others. The same patches; cheaper where many contexts are sure (`PatchSample.sure`), 4 to 10
-        hundredths dearer where none is.
+        others. The same patches; cheaper where many contexts are sure (`PatchSample.sure`), dearer
+        where few are, for those draws are made again with the others.
     seed: an int, or [] int64.
     rows: [B] int64, row ids, on which a context's draws depend; None for 0, 1, ....
     returns: PatchSample. The draws of a context depend on (seed, row id, number of the draw) only.
@@ -204,9 +204,11 @@ def sample_from_pool(
     else:
         sample, known = _no_sample(draws), (prefix >= 0).any(1)
         free, behind = (~known).nonzero().squeeze(1), known.nonzero().squeeze(1)
-        _put(sample, free, _sample_freely(draws.of(free), *settings))
-        settings = (n, num_candidates, max_draws, prefix[behind], first_round)
-        _put(sample, behind, _sample_behind(draws.of(behind), *settings))
+        if len(free):
+            _put(sample, free, _sample_freely(draws.of(free), *settings))
+        if len(behind):
+            settings = (n, num_candidates, max_draws, prefix[behind], first_round)
+            _put(sample, behind, _sample_behind(draws.of(behind), *settings))
     if temperature != 1:
         sample.exact.fill_(False)
     return sample

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from calm_rt import ops
 from calm_rt.draws import Draws
 from calm_rt.reference import Stream
 
@@ -34,15 +33,7 @@ class PlantedDraws(Draws):
 
     def draw(self, number: int, count: int) -> Tensor:
         total = self.weights.cumsum(1)  # [B, X]
-        u = ops.noise(
-            self.rows,
-            count,
-            1,
-            seed=self.key(number),
-            stream=Stream.HEAD,
-            distribution="uniform",
-            dtype=torch.float64,
-        )[..., 0].T.contiguous()  # [B, count]
+        u = self.uniforms(Stream.HEAD, number, count, 1)[..., 0].contiguous()  # [B, count]
         kind = torch.searchsorted(total, u * total[:, -1:], right=True)
         return self.patches[kind]  # [B, count, K]
 
