@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "native", "reference")
+OLDEST_CAPABILITY = (8, 0)  # of the GPUs that the kernels are compiled for
 
 _backend = "auto"
 _load_error: str | None = None
+_has_cuda = False  # whether the extension holds CUDA kernels; compiled code cannot ask an op
 _registered: set[str] = set()  # ops that the extension holds
 _differentiable: set[str] = set()  # those of them that have a gradient
 
@@ -98,10 +100,13 @@ def _check_environment() -> None:
             )
 
 
-def why_reference(op: str, device: str, dtype: torch.dtype, dtypes: dict[str, tuple]) -> str | None:
+def why_reference(
+    op: str, device: str, dtype: torch.dtype, dtypes: dict[str, tuple], index: int = 0
+) -> str | None:
     """Why `op` on this device and dtype runs the reference; None where it runs a kernel.
 
     dtypes: the dtypes that the op's kernels take, by device type.
+    index: of the device among those of its type.
     """
     if _backend == "reference":
         return 'backend("reference") is chosen'
@@ -111,17 +116,27 @@ def why_reference(op: str, device: str, dtype: torch.dtype, dtypes: dict[str, tu
         return f"the extension is older than this package and lacks {op}; reinstall calm_rt"
     if device not in dtypes:
         return f"{op} has no kernel for {device} tensors"
-    if device == "cuda" and not torch.ops.calm_rt.has_cuda():
-        return "the extension was built without CUDA (CALM_RT_CUDA=ON builds it with nvcc)"
+    if device == "cuda":
+        if not _has_cuda:
+            return "the extension was built without CUDA (CALM_RT_CUDA=ON builds it with nvcc)"
+        if not torch.compiler.is_compiling() and _capability(index) < OLDEST_CAPABILITY:
+            have, need = (".".join(map(str, c)) for c in (_capability(index), OLDEST_CAPABILITY))
+            return f"the GPU has compute capability {have}, and the kernels need {need} or newer"
     if dtype not in dtypes[device]:
         return f"{op} has no kernel for {dtype} on {device}"
     return None
 
 
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 def use_native(op: str, tensor: Tensor, dtype: torch.dtype, dtypes: dict[str, tuple]) -> bool:
     """Whether `op` runs its kernel on the tensor's device; backend("native") raises where not."""
     device = "cpu" if tensor.is_cpu else tensor.device.type  # asking for the type takes 0.4 us
-    reason = why_reference(op, device, dtype, dtypes)
+    index = tensor.device.index or 0 if device == "cuda" else 0
+    reason = why_reference(op, device, dtype, dtypes, index)
     if reason is not None and _backend == "native":
         raise NativeUnavailable(f'{op}: backend("native") is chosen, but {reason}')
     return reason is None
@@ -169,4 +184,5 @@ class backend:
 
 
 _load_error = _load()
+_has_cuda = _load_error is None and torch.ops.calm_rt.has_cuda()
 _check_environment()

@@ -236,6 +236,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * normal.to(x.dtype)).to(x.dtype)
 
 
+def embed(ids: Tensor, table: Tensor) -> Tensor:
+    """The rows of a table, NaN for an id outside it where nobody looks at ids before.
+
+    There torch's own embedding ends in an assertion on the device, behind which a process can do
+    nothing more with it.
+    ids: [...] int64.  table: [V, H].
+    returns: [..., H].
+    """
+    if not (ids.is_cuda or torch.compiler.is_compiling()):
+        return F.embedding(ids, table)
+    known = (ids >= 0) & (ids < table.shape[0])
+    return torch.where(known[..., None], F.embedding(torch.where(known, ids, 0), table), math.nan)
+
+
 def gated_mlp(
     x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float
 ) -> Tensor:
@@ -257,10 +271,10 @@ def encode(
     returns: two [R, L].
     """
     if isinstance(weights, FoldedEncoderWeights):
-        slots = torch.arange(ids.shape[1], device=ids.device)
-        hidden = weights.tables[slots, ids].sum(1)
+        slots = zip(ids.T, weights.tables, strict=True)
+        hidden = torch.stack([embed(of_slot, table) for of_slot, table in slots], 1).sum(1)
     else:
-        hidden = F.embedding(ids, weights.embedding)  # [R, K, H]
+        hidden = embed(ids, weights.embedding)  # [R, K, H]
         for layer in weights.token_layers:
             hidden = gated_mlp(hidden, *layer, eps)
         hidden = F.linear(hidden.flatten(-2), *weights.squeeze)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import calm_rt
 from calm_rt import ops, testing
@@ -261,20 +261,23 @@ def test_thread_count_does_not_change_bits(case: Case) -> None:
 
 
 def wrong_arguments(case: Case) -> list[tuple[str, dict]]:
-    """(argument, arguments with that one wrong): another number of dimensions, dtype or device."""
-    wrongs = []
-    for name, value in case.make().items():
-        leaves = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
-        for leaf in leaves[:1]:
-            dimensions = leaf.detach()[None] if leaf.dim() == 0 else leaf.detach().flatten()[0]
-            changes = [dimensions, *([leaf.detach().to("meta")] if len(case.row_dims) > 1 else [])]
+    """(argument, arguments with one tensor of it wrong): other dimensions, dtype or device."""
+    arguments, wrongs = case.make(), []
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    for name, value in arguments.items():
+        for leaf in tree_leaves(value):
+            if not isinstance(leaf, Tensor):
+                continue
+            changes = [leaf.detach()[None] if leaf.dim() == 0 else leaf.detach().flatten()[0]]
+            if len(tensors) > 1:  # alone it cannot disagree
+                changes.append(leaf.detach().to("meta"))
             if isinstance(value, Tensor):
                 changes.append(leaf.detach().to(torch.int32))  # neither a float nor an int64
             for change in changes:
                 changed = tree_map(
                     lambda other, old=leaf, new=change: new if other is old else other, value
                 )
-                wrongs.append((name, {**case.make(), name: changed}))
+                wrongs.append((name, {**arguments, name: changed}))
     return wrongs
 
 

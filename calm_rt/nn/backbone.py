@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm_rt import reference
 from calm_rt.nn.autoencoder import GatedMLP, RMSNorm, init_weights
 from calm_rt.nn.config import CalmConfig
 from calm_rt.ops.check import check, check_shape, may_look
@@ -156,6 +157,14 @@ class Attention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
+class Embedding(nn.Embedding):
+    """torch's, but for an id outside the table it gives NaN on a GPU (see `reference.embed`)."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: [...] int64.  returns: [..., H]."""
+        return reference.embed(ids, self.weight)
+
+
 class TransformerLayer(nn.Module):
     """Attention and gated MLP, each on a normalised input and added to its input."""
 
@@ -182,7 +191,7 @@ class Transformer(nn.Module):
     def __init__(self, config: CalmConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             TransformerLayer(config, index) for index in range(config.num_hidden_layers)
         )

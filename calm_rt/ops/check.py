@@ -4,6 +4,8 @@ They look at shapes, types and devices, and at values only where `may_look` says
 so they neither wait for a device nor break a `torch.compile` graph.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,22 @@ def check_device(device: torch.device, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+
+
+def check_weights_device(device: torch.device, weights: Iterable, name: str = "weights") -> None:
+    """Raises ValueError unless every tensor of nested tuples and lists is on the device."""
+    fields = getattr(weights, "_fields", None)
+    for place, part in enumerate(weights):
+        if isinstance(part, Tensor):
+            if part.device != device:
+                check_device(device, **{f"{name}.{fields[place]}" if fields else name: part})
+        elif part is not None:
+            check_weights_device(device, part, f"{name}.{fields[place]}" if fields else name)
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    """Whether torch.autocast is in force there; torch raises for devices that have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def alike(*tensors: Tensor) -> bool:
@@ -205,7 +223,7 @@ def may_look(tensor: Tensor) -> bool:
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     """Raises IndexError for an id outside the vocabulary; looks only where that is free.
 
-    On a GPU the embedding's own assertion speaks instead.
+    Elsewhere `reference.embed` and the kernels make NaN of such an id.
     """
     if not may_look(ids):
         return

@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from calm_rt import _native, reference
-from calm_rt.ops.check import check, check_decoder, check_device, check_float
+from calm_rt.ops.check import (
+    check,
+    check_decoder,
+    check_float,
+    check_weights_device,
+    is_autocast_on,
+)
 from calm_rt.ops.gated_mlp import flat_layers, gated_mlp
 from calm_rt.ops.linear_argmax import check_screen, linear_argmax, usable_screen
 from calm_rt.reference import DecoderWeights
@@ -34,7 +40,7 @@ def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Te
         return reference.decode(latents, weights, eps)
     leaves = [latents, *tree_leaves(weights._replace(screen=()))]
     mixed = any(leaf.dtype != latents.dtype for leaf in leaves)
-    if mixed or torch.is_autocast_enabled(latents.device.type):
+    if mixed or is_autocast_on(latents.device):
         hidden = decode_hidden(latents, weights, eps=eps)  # [R, K, H]
         ids = linear_argmax(hidden.flatten(0, 1), weights.vocabulary, weights.screen)
         return ids.view(hidden.shape[:2])
@@ -111,7 +117,7 @@ def _check(latents: Tensor, weights: DecoderWeights) -> None:
     check(latents.ndim == 2, "latents", "shape [R, L]", list(latents.shape))
     check_float("latents", latents)
     check_decoder(weights, latents.shape[1])
-    check_device(latents.device, vocabulary=weights.vocabulary)
+    check_weights_device(latents.device, weights)
     if weights.screen is not None:
         check_screen("weights.screen", weights.screen)
 

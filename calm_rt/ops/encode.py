@@ -8,11 +8,12 @@ from torch.utils._pytree import tree_leaves
 from calm_rt import _native, reference
 from calm_rt.ops.check import (
     check,
-    check_device,
     check_encoder,
     check_ids,
     check_int64,
     check_shape,
+    check_weights_device,
+    is_autocast_on,
     may_look,
 )
 from calm_rt.ops.gated_mlp import flat_layers, gated_mlp
@@ -44,14 +45,14 @@ def encode(
     check_encoder(weights, ids.shape[1])
     folded = isinstance(weights, FoldedEncoderWeights)
     table = weights.tables if folded else weights.embedding
-    check_device(ids.device, **{"tables" if folded else "embedding": table})
+    check_weights_device(ids.device, weights)
     check_ids("ids", ids, table.shape[-2])
     leaves = tree_leaves(weights)
     trained = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     check(not (folded and trained), "weights", "no gradient to folded weights", "one")
     if not _native.use_native("encode", ids, table.dtype, DTYPES):
         mean, log_std = reference.encode(ids, weights, eps)
-    elif trained or torch.is_autocast_enabled(ids.device.type):
+    elif trained or is_autocast_on(ids.device):
         mean, log_std = _encode_distinct(ids, weights, eps)
     else:
         return _native.call("encode", ids, *_flat(weights), eps)
@@ -69,11 +70,12 @@ def _encode_distinct(ids: Tensor, weights: EncoderWeights, eps: float) -> tuple[
         tokens, slots = ids, None
     else:
         tokens, slots = None, ids
-    hidden = weights.embedding if tokens is None else F.embedding(tokens, weights.embedding)
+    embedding = weights.embedding
+    hidden = embedding if tokens is None else reference.embed(tokens, embedding)
     for layer in weights.token_layers:
         hidden = gated_mlp(hidden, *layer, eps=eps)
     if slots is not None:
-        hidden = F.embedding(slots, hidden)  # [R, K, H]
+        hidden = reference.embed(slots, hidden)  # [R, K, H]
     hidden = F.linear(hidden.flatten(-2), *weights.squeeze)
     for layer in weights.patch_layers:
         hidden = gated_mlp(hidden, *layer, eps=eps)

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from calm_rt import _native, reference
-from calm_rt.ops.check import alike, check, check_device, check_float, check_shape
+from calm_rt.ops.check import (
+    alike,
+    check,
+    check_device,
+    check_float,
+    check_shape,
+    is_autocast_on,
+)
 from calm_rt.reference import MlpWeights
 
 DTYPES = {
@@ -30,13 +37,13 @@ def gated_mlp(
     Raises ValueError for other shapes, types or devices.
     Source: the official AELayer.
     """
-    device, dtype = x.device.type, x.dtype
-    autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
+    dtype = x.dtype
+    autocast = dtype != torch.float64 and is_autocast_on(x.device)
     _check_shapes(x, norm_weight, gate, up, down)
     if not alike(x, norm_weight, gate, up, down):
         _check_types(autocast, x, norm_weight=norm_weight, gate=gate, up=up, down=down)
     if autocast:
-        dtype = torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(x.device.type)
     if not _native.use_native("gated_mlp", x, dtype, DTYPES):
         return reference.gated_mlp(x, norm_weight, gate, up, down, eps)
 

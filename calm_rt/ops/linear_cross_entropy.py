@@ -12,6 +12,7 @@ from calm_rt.ops.check import (
     check_ids,
     check_int64,
     check_shape,
+    is_autocast_on,
     may_look,
 )
 
@@ -133,12 +134,12 @@ def _keeps_grad_logits(hidden: Tensor, weight: Tensor, max_bytes: int) -> bool:
 
 def _one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the type that the product is taken in."""
-    device = hidden.device.type
-    if hidden.dtype == weight.dtype and not torch.is_autocast_enabled(device):
+    autocast = is_autocast_on(hidden.device)
+    if hidden.dtype == weight.dtype and not autocast:
         return hidden, weight
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if dtype != torch.float64 and autocast:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype)
 
 

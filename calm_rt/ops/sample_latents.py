@@ -6,10 +6,11 @@ from torch import Tensor
 from calm_rt import _native, reference
 from calm_rt.ops.check import (
     check,
-    check_device,
     check_float,
     check_head,
     check_shape,
+    check_weights_device,
+    is_autocast_on,
     seed_and_rows,
 )
 from calm_rt.reference import HEAD_EPS, HeadWeights, LinearWeights
@@ -47,12 +48,12 @@ def sample_latents(
     check_shape("hidden", hidden, R=None, H=None)
     check_float("hidden", hidden)
     check_head(weights, hidden.shape[1])
-    check_device(hidden.device, weights=weights.noise.weight)
+    check_weights_device(hidden.device, weights)
     check(num_samples >= 1, "num_samples", "at least 1", num_samples)
     seed, rows = seed_and_rows(seed, rows, hidden.shape[0], hidden.device)
-    dtype, device = hidden.dtype, hidden.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = hidden.dtype
+    if dtype != torch.float64 and is_autocast_on(hidden.device):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
     else:
         maps = [pair for pair in _pairs(weights) if pair.weight.ndim == 2]  # others are norms
         types = {part.dtype for pair in maps for part in pair}

@@ -1,0 +1,112 @@
+"""The Python in front of CUDA kernels, on tensors without values that claim to be on a GPU.
+
+No device is needed: an op's public function checks, routes and calls the fake kernel.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_ops import all_cases
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+import calm_rt
+from calm_rt import _native, ops, reference
+from calm_rt.testing import CASES, Case
+
+ENERGY = next(case for case in CASES if case.op == "energy_score")
+
+
+@pytest.fixture
+def claimed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors made here have no values; a GPU of compute capability 9.0 seems to be there."""
+    monkeypatch.setattr(_native, "_has_cuda", True)
+    monkeypatch.setattr(_native, "_capability", lambda index: (9, 0))
+    with FakeTensorMode(), calm_rt.backend("native"):
+        yield
+
+
+def on_cuda(case: Case) -> dict[str, Any]:
+    def claim(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+    return tree_map(claim, case.make())
+
+
+@all_cases
+def test_every_op_reaches_its_kernel(case: Case, claimed: None) -> None:
+    outputs = getattr(ops, case.op)(**on_cuda(case))
+    for output in outputs if isinstance(outputs, tuple) else [outputs]:
+        assert output.device.type == "cuda"
+
+
+@all_cases
+def test_every_op_compiles_into_one_graph(case: Case, claimed: None) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(ops, case.op), fullgraph=True, backend="eager")
+    compiled(**on_cuda(case))
+
+
+def test_an_older_gpu_takes_the_reference_and_says_why(
+    claimed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setattr(_native, "_capability", capabilities.__getitem__)
+    arguments = on_cuda(ENERGY)
+    ops.energy_score(**arguments)
+    older = tree_map(
+        lambda value: value.to("cuda:1") if isinstance(value, torch.Tensor) else value, arguments
+    )
+    with pytest.raises(calm_rt.NativeUnavailable, match=r"capability 7\.5, and .* need 8\.0"):
+        ops.energy_score(**older)
+
+
+def test_tensors_of_a_model_that_was_moved_in_part_are_named(claimed: None) -> None:
+    case = next(case for case in CASES if case.op == "decode")
+    arguments = on_cuda(case)
+    weights = arguments["weights"]
+    half = weights.latent._replace(bias=torch.empty(weights.latent.bias.shape))
+    arguments["weights"] = weights._replace(latent=half)
+    expected = "weights.latent.bias: expected a tensor on cuda:0, got one on cpu"
+    with pytest.raises(ValueError, match=expected):
+        ops.decode(**arguments)
+
+
+def test_an_id_of_no_token_is_embedded_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = torch.randn(5, 3, requires_grad=True)
+    ids = torch.tensor([[4, -1], [5, 0]])
+    with pytest.raises(IndexError):
+        reference.embed(ids, table)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU: never look
+    rows = reference.embed(ids, table)
+    known = torch.tensor([[True, False], [False, True]])
+    assert rows[~known].isnan().all()
+    assert torch.equal(rows[known], table[[4, 0]])
+    rows[known].sum().backward()
+    assert torch.equal(table.grad[:, 0], torch.tensor([1.0, 0, 0, 0, 1]))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_wrong_id_spoils_its_own_patch_only(
+    backend: str, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in CASES if case.op == "encode" and case.gradients)
+    arguments = case.make()
+    if not trained:
+        arguments = tree_map(
+            lambda value: value.detach() if isinstance(value, torch.Tensor) else value, arguments
+        )
+    expected = ops.encode(**arguments)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    ids = arguments["ids"].clone()
+    ids[1, 0] = 2**40
+    with calm_rt.backend(backend):
+        outputs = ops.encode(**{**arguments, "ids": ids})
+    for output, clean in zip(outputs, expected, strict=True):
+        assert output[1].isnan().all()
+        torch.testing.assert_close(output[2:], clean[2:])
