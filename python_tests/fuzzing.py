@@ -211,7 +211,7 @@ MAKERS: dict[str, dict[str, st.SearchStrategy[tuple]]] = {
         "ties": sizes(size(1, 5), size(1, 40), size(2, 70, 300)),
     },
     "linear_cross_entropy": {
-        "linear_cross_entropy": sizes(size(1, 5, 19), size(1, 40, 70), size(1, 70, 2049, 4100))
+        "linear_cross_entropy": sizes(size(1, 5, 19, 70), size(1, 40, 70), size(1, 70, 2049, 4100))
     },
     "gated_mlp": {"gated_mlp": sizes(ROWS, *MLP_SIZES)},
     "encode": {

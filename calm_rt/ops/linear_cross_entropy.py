@@ -26,6 +26,8 @@ EXPECTED_REDUCTION = f"one of {REDUCTIONS}"
 
 FEW_ROWS = 1024  # up to which a list of the target is looked through faster than the tensor
 
+NARROW_ROWS = 64  # up to which a CPU multiplies 16-bit types as they are
+
 # Bytes of logits at a time, by device. Fewer rows mean that the weight and its gradient, which are
 # much larger than a row of hidden states, travel more often.
 WORKSPACE_BYTES = {"cpu": 192 << 20, "cuda": 1 << 30}
@@ -53,7 +55,7 @@ def linear_cross_entropy(
         on a CPU and 1 GB on a GPU. The gradients differ in rounding between budgets.
     returns: [] for "mean" and "sum", [R] for "none"; nats, float32 for 16-bit inputs; once
         differentiable in hidden and weight.
-    Memory: no [R, V] logits, but for gradients of no more than H rows (16-bit types on a CPU: none)
+    Memory: no [R, V] logits, but for gradients of no more than H rows (16-bit types on a CPU: 64)
         that fit max_workspace_bytes; the gradient of the weight is larger. For "mean" and "sum" of
         others the gradients are computed in the forward and kept, [R, H] and [V, H] in float32
         (float64 for float64 inputs), for "none" in the backward.
@@ -127,9 +129,9 @@ def _count(target: Tensor, vocab_size: int, ignore_index: int) -> int | None:
 
 def _keeps_grad_logits(hidden: Tensor, weight: Tensor, max_bytes: int) -> bool:
     """Whether the backward finds the gradient of the logits, which is less than the weight's."""
-    multiplied = hidden.is_cuda or hidden.dtype in (torch.float32, torch.float64)  # as they are
+    narrow = hidden.is_cuda or hidden.itemsize >= 4 or hidden.shape[0] <= NARROW_ROWS
     few = hidden.shape[0] <= hidden.shape[1]
-    return multiplied and few and hidden.shape[0] * weight.shape[0] * hidden.itemsize <= max_bytes
+    return narrow and few and hidden.shape[0] * weight.shape[0] * hidden.itemsize <= max_bytes
 
 
 def _one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +170,7 @@ def _fake_backward(grad_logits, hidden, weight, need_grad_hidden, need_grad_weig
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
         hidden.new_empty(hidden.shape if need_grad_hidden else (0,), dtype=wide),
-        weight.new_empty(weight.shape if need_grad_weight else (0,), dtype=wide),
+        weight.new_empty(weight.shape if need_grad_weight else (0,)),
     )
 
 
@@ -217,7 +219,8 @@ class _KeptLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target, divisor, ignore_index, max_workspace_bytes):
-        scale = hidden.new_full(target.shape, 1 / divisor)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        scale = hidden.new_full(target.shape, 1 / divisor, dtype=wide)
         options = ignore_index, max_workspace_bytes, False, False, True
         total, _, _, _, grad_logits = _native.call(
             "linear_cross_entropy", hidden, weight, target, scale, *options
@@ -238,7 +241,10 @@ class _KeptLoss(torch.autograd.Function):
         else:
             scale = torch.where(target == ctx.ignore_index, 0, grad_loss)
             products = _from_grad_logits(grad_logits, hidden, weight, scale[:, None], needs)
-        gradients = [g if need else None for g, need in zip(products, needs, strict=True)]
+        gradients = [
+            product.to(hidden.dtype) if need else None
+            for product, need in zip(products, needs, strict=True)
+        ]
         return *gradients, None, None, None, None
 
 

@@ -25,8 +25,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, std::optional<Tensor> scale, int64_t ignore_index,
     int64_t max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight, bool keep_grad_logits) {
   check_projection(hidden, weight);
-  const ScalarType type = hidden.scalar_type(), wide = accumulate_type(type), products = product_type<Device>(type);
   const int64_t num_rows = hidden.size(0), vocabulary = weight.size(0), size = hidden.size(1);
+  const ScalarType type = hidden.scalar_type(), wide = accumulate_type(type);
+  const ScalarType products = product_type<Device>(type, num_rows);
   STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == num_rows && target.scalar_type() == ScalarType::Long,
                   "linear_cross_entropy: target must be [R] int64");
   STD_TORCH_CHECK(!scale || (scale->dim() == 1 && scale->size(0) == num_rows && scale->scalar_type() == wide),
@@ -53,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   const int64_t chunk = num_chunks == 0 ? 0 : (num_rows + num_chunks - 1) / num_chunks;  // of about one size, none tiny
   Tensor logits = allocate(hidden, {chunk * vocabulary}, products);
 
-  dispatch_products<Device>(type, "linear_cross_entropy", [&](auto element, auto product_element) {
+  dispatch_products<Device>(type, num_rows, "linear_cross_entropy", [&](auto element, auto product_element) {
     using T = decltype(element);
     using P = decltype(product_element);
     using Wide = AccumulateType<T>;
@@ -81,37 +82,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   return {total, loss, grad_hidden, grad_weight, kept};
 }
 
-// grad_logits [R V] as linear_cross_entropy keeps it, hidden [R, H], weight [V, H] -> in the accumulation type
-// grad_hidden [R, H] = grad_logits weight or [0], grad_weight [V, H] = grad_logits^T hidden or [0]
+// grad_logits [R V] as linear_cross_entropy keeps it, hidden [R, H], weight [V, H] -> grad_hidden [R, H] = grad_logits
+// weight in the accumulation type, which sums over the vocabulary, and grad_weight [V, H] = grad_logits^T hidden in
+// that of weight; [0] for one that is not needed
 template <class Device>
 std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_logits, const Tensor& hidden,
                                                          const Tensor& weight, bool need_grad_hidden,
                                                          bool need_grad_weight) {
   check_projection(hidden, weight);
-  const ScalarType type = hidden.scalar_type(), wide = accumulate_type(type);
+  const ScalarType type = hidden.scalar_type();
   const int64_t num_rows = hidden.size(0), vocabulary = weight.size(0), size = hidden.size(1);
-  STD_TORCH_CHECK(has_shape(grad_logits, product_type<Device>(type), {num_rows * vocabulary}),
+  STD_TORCH_CHECK(has_shape(grad_logits, type, {num_rows * vocabulary}),
                   "linear_cross_entropy_backward: grad_logits must be what linear_cross_entropy kept of these rows");
 
   Guard<Device> guard(hidden);
   Tensor hidden_ = as_contiguous(hidden), weight_ = as_contiguous(weight), grad_logits_ = as_contiguous(grad_logits);
-  auto gradient = [&](bool needed, int64_t rows) {
-    return needed ? allocate(hidden, {rows, size}, wide) : allocate(hidden, {0}, wide);
+  auto gradient = [&](bool needed, int64_t rows, ScalarType of) {
+    return needed ? allocate(hidden, {rows, size}, of) : allocate(hidden, {0}, of);
   };
-  Tensor grad_hidden = gradient(need_grad_hidden, num_rows), grad_weight = gradient(need_grad_weight, vocabulary);
+  Tensor grad_hidden = gradient(need_grad_hidden, num_rows, accumulate_type(type));
+  Tensor grad_weight = gradient(need_grad_weight, vocabulary, type);
   if (num_rows == 0) {
     torch::stable::fill_(grad_weight, 0);
     return {grad_hidden, grad_weight};
   }
-  dispatch_products<Device>(type, "linear_cross_entropy_backward", [&](auto element, auto product_element) {
+  dispatch<Device>(type, "linear_cross_entropy_backward", [&](auto element) {
     using T = decltype(element);
-    using P = decltype(product_element);
-    using Wide = AccumulateType<T>;
-    VocabularyProducts<Device, T, P> projection(guard.device(), hidden_, weight_, num_rows, true);
-    P* data = output<P>(grad_logits_);
-    if (need_grad_hidden) projection.grad_hidden(data, num_rows, output<Wide>(grad_hidden));
+    VocabularyProducts<Device, T, T> projection(guard.device(), hidden_, weight_, num_rows, true);
+    T* data = output<T>(grad_logits_);
+    if (need_grad_hidden) projection.grad_hidden(data, num_rows, output<AccumulateType<T>>(grad_hidden));
     if (need_grad_weight) {
-      projection.grad_weight(data, projection.rows_of(input<T>(hidden_), num_rows), output<Wide>(grad_weight), true);
+      projection.grad_weight(data, projection.rows_of(input<T>(hidden_), num_rows), output<T>(grad_weight));
     }
   });
   return {grad_hidden, grad_weight};
