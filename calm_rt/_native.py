@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "native", "reference")
 OLDEST_CAPABILITY = (8, 0)  # of the GPUs that the kernels are compiled for
@@ -127,6 +128,18 @@ def why_reference(
     return None
 
 
+def _why_transformed(op: str) -> str | None:
+    """Why a kernel's gradient is not enough here; None where it is."""
+    if op not in _differentiable or torch.compiler.is_compiling():
+        return None
+    if forward_ad._current_level >= 0:
+        return f"{op} has no kernel for tangents (forward-mode differentiation)"
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Grad:
+        return f"{op} has no kernel for torch.func's gradients"
+    return None
+
+
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
@@ -136,7 +149,7 @@ def use_native(op: str, tensor: Tensor, dtype: torch.dtype, dtypes: dict[str, tu
     """Whether `op` runs its kernel on the tensor's device; backend("native") raises where not."""
     device = "cpu" if tensor.is_cpu else tensor.device.type  # asking for the type takes 0.4 us
     index = tensor.device.index or 0 if device == "cuda" else 0
-    reason = why_reference(op, device, dtype, dtypes, index)
+    reason = why_reference(op, device, dtype, dtypes, index) or _why_transformed(op)
     if reason is not None and _backend == "native":
         raise NativeUnavailable(f'{op}: backend("native") is chosen, but {reason}')
     return reason is None

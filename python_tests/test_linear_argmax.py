@@ -112,3 +112,21 @@ def test_a_wrong_screen_is_refused() -> None:
     for bad in (torch.zeros(3), torch.zeros(0, 3), torch.zeros(3, 3, dtype=torch.int64)):
         with pytest.raises(ValueError, match="weight: expected"):
             screen_vocabulary(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("screened", [False, True])
+def test_zeros_have_an_id_where_small_numbers_are_flushed(dtype, rows: int, screened: bool) -> None:
+    weight = torch.randn(70, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    zeros, tiny = torch.zeros(rows, 64, dtype=dtype), torch.full((rows, 64), 1e-38, dtype=dtype)
+    try:
+        assert torch.set_flush_denormal(True)
+        for hidden, matrix in ((zeros, weight), (tiny, weight), (tiny, torch.zeros_like(weight))):
+            screen = screen_vocabulary(matrix) if screened else None
+            with calm_rt.backend("native"):
+                ids = ops.linear_argmax(hidden, matrix, screen)
+            exact = (hidden.double() @ matrix.double().T).argmax(-1)
+            assert torch.equal(ids, exact)
+    finally:
+        torch.set_flush_denormal(False)

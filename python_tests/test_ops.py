@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 import calm_rt
 from calm_rt import ops, testing
@@ -258,6 +259,44 @@ def test_thread_count_does_not_change_bits(case: Case) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
+
+
+@pytest.mark.parametrize("case", [case for case in LAW_CASES if case.gradients], ids=str)
+@all_devices
+def test_checkpointing_gives_the_same_gradients(case: Case, device: str) -> None:
+    def gradients(call) -> list[Tensor]:
+        arguments = case.make(device=device)
+        return torch.autograd.grad(call(arguments).sum(), case.leaves(arguments))
+
+    def op(arguments: dict) -> Tensor:
+        return first(getattr(ops, case.op)(**arguments))
+
+    with calm_rt.backend("native"):
+        expected = gradients(op)
+        actual = gradients(lambda arguments: checkpoint(op, arguments, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", [case for case in LAW_CASES if case.gradients], ids=str)
+def test_other_ways_to_differentiate_take_the_reference(case: Case) -> None:
+    """A kernel has no tangents, and its gradient no rule of torch.func."""
+    arguments = case.make(torch.float64)
+    leaf, *_ = case.leaves(arguments)
+
+    def op(value: Tensor) -> Tensor:
+        changed = tree_map(lambda other: value if other is leaf else other, arguments)
+        return first(getattr(ops, case.op)(**changed)).sum()
+
+    tangent = torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view_as(leaf)
+    value = leaf.detach()
+    with calm_rt.backend("reference"):
+        expected = torch.func.jvp(op, (value,), (tangent,))[1], torch.func.grad(op)(value)
+    actual = torch.func.jvp(op, (value,), (tangent,))[1], torch.func.grad(op)(value)
+    torch.testing.assert_close(actual, expected)
+    with calm_rt.backend("native"):
+        for transform in (torch.func.grad(op), lambda x: torch.func.jvp(op, (x,), (tangent,))):
+            with pytest.raises(calm_rt.NativeUnavailable, match="has no kernel for"):
+                transform(value)
 
 
 def wrong_arguments(case: Case) -> list[tuple[str, dict]]:

@@ -133,12 +133,12 @@ def _backward(ctx, grad_out, *_):
         )
     if grad_out is None:
         return (None,) * 7
-    gate = ctx.saved_tensors[2]
+    saved = ctx.saved_tensors  # once: under checkpointing they are computed anew when asked for
     gradients = _native.call(
         "gated_mlp_backward",
         grad_out,
-        grad_out.to(gate.dtype),
-        *ctx.saved_tensors,
+        grad_out.to(saved[2].dtype),  # gate's
+        *saved,
         ctx.eps,
         any(ctx.needs_input_grad[2:5]),
     )

@@ -21,6 +21,8 @@
 extern "C" AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat2);
 extern "C" AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle mat1,
                                                    AtenTensorHandle mat2, double beta, double alpha);
+// Of the calling thread's products; returns what it was, 0 for none of its own. Absent from a torch without MKL.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int num_threads);
 
 namespace calm_rt {
 
@@ -55,6 +57,25 @@ int64_t num_workers() {
 
 inline thread_local bool in_task = false;  // whether this thread works on a task
 
+// A thread's work on tasks. MKL cuts a product for the number of threads that torch.set_num_threads gave it, also
+// within a parallel region, and so changes its bits: here it has one.
+class TaskScope {
+ public:
+  TaskScope() : was_in_task_(std::exchange(in_task, true)) {
+    if (&MKL_Set_Num_Threads_Local) mkl_threads_ = MKL_Set_Num_Threads_Local(1);
+  }
+  ~TaskScope() {
+    if (&MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(mkl_threads_);
+    in_task = was_in_task_;
+  }
+  TaskScope(const TaskScope&) = delete;
+  TaskScope& operator=(const TaskScope&) = delete;
+
+ private:
+  bool was_in_task_;
+  int mkl_threads_ = 0;
+};
+
 // Calls body(task, worker) for every task. `share_products` lets a lone task leave its products to all threads.
 template <class Device, class Body>
 void each_task(int64_t count, const Body& body, bool share_products = false) {
@@ -64,9 +85,8 @@ void each_task(int64_t count, const Body& body, bool share_products = false) {
     // an empty second task makes a lone one run inside a parallel region too
     torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
       const int64_t worker = next_worker++;
-      const bool was_in_task = std::exchange(in_task, true);
+      const TaskScope scope;
       for (int64_t task = begin; task < std::min(end, count); ++task) body(task, worker);
-      in_task = was_in_task;
     });
   } else {
     for (int64_t task = 0; task < count; ++task) body(task, 0);

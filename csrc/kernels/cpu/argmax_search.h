@@ -51,11 +51,13 @@ double exact_product(const T* a, const T* b, int64_t size) {
   return total;
 }
 
-// The largest float below x, -inf and NaN for themselves.
+// The largest normal float below x, -inf and NaN for themselves: subnormal numbers may compare as zeros
+// (torch.set_flush_denormal).
 CALM_INLINE float next_below(float x) {
+  constexpr int32_t kSmallestNormal = 0x00800000;
   if (!(x > -__builtin_inff())) return x;
   const int32_t bits = __builtin_bit_cast(int32_t, x);
-  if ((bits & 0x7fffffff) == 0) return -1e-45f;
+  if ((bits & 0x7fffffff) < kSmallestNormal) return -__FLT_MIN__;
   return __builtin_bit_cast(float, bits < 0 ? bits + 1 : bits - 1);
 }
 
