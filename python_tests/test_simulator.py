@@ -3,11 +3,11 @@
 `make simulator` builds what is loaded here.
 """
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from needs import need
 from torch import Tensor
 
 from calm_rt import ops, reference
@@ -28,11 +28,7 @@ energy_cases = pytest.mark.parametrize("case", ENERGY_CASES, ids=str)
 
 def built(name: str) -> Path:
     path = BUILD / name
-    if not path.exists():
-        reason = f"{path.relative_to(ROOT)} is not built: make simulator"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    need(path.exists(), f"{path.relative_to(ROOT)} is not built: make simulator")
     return path
 
 
