@@ -108,7 +108,7 @@ def test_results_name_device_date_and_commit(gpu, monkeypatch, tmp_path, capsys)
     assert result["device"] == "NVIDIA H200" and {"date", "commit"} <= set(result)
     [path] = (tmp_path / "results").iterdir()
     assert path.name == f"h200-{result['date'][:10]}.json"
-    assert "| noise-x | forward | 1 | 12 |  |  | 50% | 10% |" in capsys.readouterr().out
+    assert "| noise-x | forward | 1 | 12 |  |  |  | 50% | 10% |" in capsys.readouterr().out
 
 
 def test_results_of_a_run_without_the_benchmark_hold_no_older_rows(
@@ -137,3 +137,4 @@ def test_every_large_case_is_an_op_with_a_cost() -> None:
 
     assert {case.op for case in rows.CASES} == {case.op for case in benchmark.benchmark_cases()}
     assert all(callable(getattr(costs, case.op)) for case in rows.CASES)
+    assert set(rows.TIER_CASES) < set(map(str, rows.CASES))
