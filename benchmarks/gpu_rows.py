@@ -101,7 +101,7 @@ CASES = (
 
 def measure(one: Case, among: Sequence[str] = benchmark.RIVALS) -> list[dict[str, Any]]:
     """With gradients where the op has them: that is the work of a training step."""
-    passes, rivals = benchmark.passes_of(one)[-1], benchmark.rivals_of(one, among)
+    passes, rivals = benchmark.passes_of(one)[-1], benchmark.rivals_of(one, among, "cuda")
     try:
         rows = benchmark.measure(one, passes, rivals, "cuda", ROUNDS, memory=True)
     except torch.OutOfMemoryError:  # the official formula's, on a smaller GPU

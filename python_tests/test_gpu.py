@@ -36,7 +36,7 @@ def run(gpu, monkeypatch, folder: Path, **parts) -> tuple[int, dict]:
     """Exit status and what was written."""
     monkeypatch.setattr(gpu, "PARTS", parts)
     status = gpu.main(["--output", str(folder)])
-    [path] = folder.iterdir()
+    [path] = folder.glob("*.json")
     return status, json.loads(path.read_text())
 
 
@@ -106,9 +106,13 @@ def test_results_name_device_date_and_commit(gpu, monkeypatch, tmp_path, capsys)
     status, result = run(gpu, monkeypatch, tmp_path / "results", bench=part(gpu, program))
     assert status == 0 and result["rows"] == measured["rows"]
     assert result["device"] == "NVIDIA H200" and {"date", "commit"} <= set(result)
-    [path] = (tmp_path / "results").iterdir()
-    assert path.name == f"h200-{result['date'][:10]}.json"
-    assert "| noise-x | forward | 1 | 12 |  |  |  | 50% | 10% |" in capsys.readouterr().out
+    path = tmp_path / "results" / f"h200-{result['date'][:10]}.md"
+    assert {other.name for other in path.parent.iterdir()} == {path.name, f"{path.stem}.json"}
+    printed = capsys.readouterr().out
+    head, _, *table = path.read_text().splitlines()
+    assert head.startswith(f"NVIDIA H200, {result['date']}, commit ")
+    assert "| noise-x | forward | 1 | 12 |  |  |  |  | 50% | 10% |" in table
+    assert "\n".join(table) in printed and len({line.count("|") for line in table}) == 1
 
 
 def test_results_of_a_run_without_the_benchmark_hold_no_older_rows(
@@ -117,6 +121,7 @@ def test_results_of_a_run_without_the_benchmark_hold_no_older_rows(
     gpu.ROWS.write_text(json.dumps({"rows": [{"case": "of an earlier run"}]}))
     status, result = run(gpu, monkeypatch, tmp_path / "results", one=part(gpu, "pass"))
     assert status == 0 and "rows" not in result
+    assert not list((tmp_path / "results").glob("*.md"))
 
 
 def test_results_are_written_whole_or_not_at_all(gpu, tmp_path) -> None:
