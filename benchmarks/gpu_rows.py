@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from calm_rt import benchmark, inputs
+from calm_rt import _native, benchmark, inputs
+from calm_rt.ops.check import check
 from calm_rt.tensor_files import write_json
 from calm_rt.testing import Case
 
@@ -144,6 +145,8 @@ def main(path: Path, tier_cases: Sequence[str] = ()) -> int:
     """tier_cases: in a process with another tier, the cases that it is for."""
     results: dict[str, Any] = {"machine": benchmark.machine("cuda")}
     if tier_cases:
+        tier = _native.build_info().get("cuda_argmax")
+        check(tier == "library", "CALM_RT_CUDA_ARGMAX", "an extension that obeys it", tier)
         cases = [one for one in CASES if str(one) in tier_cases]
         results["rows"] = [row for one in cases for row in measure(one, ["native"])]
         write_json(path, results)

@@ -1,10 +1,12 @@
 """Encoders and decoders as the models use them: folded, trained, under autocast, on the GPU."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from test_ops import cast, check_scores
 from test_simulator import SCHEDULES, simulator  # noqa: F401  (a fixture)
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -202,12 +204,34 @@ def test_simulated_gated_mlp(simulator, dtype: torch.dtype, x_dtype: torch.dtype
         assert ((simulated - value).abs() <= 2 * own + few_eps).all()
 
 
-@pytest.mark.parametrize("case", chain_cases("decode"), ids=str)
-def test_simulated_decode(simulator, case) -> None:  # noqa: F811
-    arguments = case.make()
+MANY_TOKENS = dataclasses.replace(  # more than two tiles of what sm_90a multiplies by warpgroups
+    chain_cases("decode")[0],
+    name="R70-K4-H16",
+    arguments=lambda: inputs.decode(70, 301, 16, 40, 8, 4),
+)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*chain_cases("decode"), MANY_TOKENS], ids=str)
+def test_simulated_decode(simulator, case, dtype: torch.dtype, capability: int) -> None:  # noqa: F811
+    """The same ids under any schedule, as good as the reference's (law 1)."""
+    arguments = case.make(dtype)
     latents, weights = arguments["latents"], arguments["weights"]
-    ids = simulator.decode(latents, *sys.modules[ops.decode.__module__]._flat(weights), 1e-6)
-    assert torch.equal(ids, ops.decode(latents, weights))
+    flat = sys.modules[ops.decode.__module__]._flat(weights)
+    runs = []
+    simulator.set_capability(capability)
+    try:
+        for schedule in SCHEDULES:
+            simulator.set_schedule(schedule)
+            runs.append(simulator.decode(latents, *flat, 1e-6))
+    finally:
+        simulator.set_capability(80)
+    assert all(torch.equal(ids, runs[0]) for ids in runs)
+    expected = reference.decode(latents, weights, 1e-6)
+    check_scores(case, cast(case, arguments, torch.float64), runs[0], expected, dtype)
+    if dtype == torch.float32:
+        assert torch.equal(runs[0], ops.decode(latents, weights))
 
 
 TILE_ROWS = 4096  # of the gated MLPs on the GPU
