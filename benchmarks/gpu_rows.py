@@ -101,14 +101,20 @@ CASES = (
 
 
 def measure(one: Case, among: Sequence[str] = benchmark.RIVALS) -> list[dict[str, Any]]:
-    """With gradients where the op has them: that is the work of a training step."""
+    """With gradients where the op has them: that is the work of a training step. A rival that
+    fails (of memory, say, or Liger's compiler) leaves native alone, and its error in the row."""
     passes, rivals = benchmark.passes_of(one)[-1], benchmark.rivals_of(one, among, "cuda")
+    failure = {}
     try:
         rows = benchmark.measure(one, passes, rivals, "cuda", ROUNDS, memory=True)
-    except torch.OutOfMemoryError:  # the official formula's, on a smaller GPU
+    except Exception as error:
+        failure = {"rivals_failed": f"{type(error).__name__}: {error}"}
+        print(f"{one}, rivals: {error}", file=sys.stderr)
+    if failure:  # outside of the clause, where the error would hold on to memory
         torch.cuda.empty_cache()
         rows = benchmark.measure(one, passes, ["native"], "cuda", ROUNDS, memory=True)
     [native] = [row for row in rows if row["rival"] == "native"]
+    native |= failure
     native["kernels"] = kernel_times(one, "backward" in passes)
     return rows
 
@@ -159,7 +165,7 @@ def main(path: Path, tier_cases: Sequence[str] = ()) -> int:
     for name, work in works.items():
         try:
             results["rows"] += work()
-        except (RuntimeError, ValueError) as error:  # a case that fails leaves the others
+        except Exception as error:  # a case that fails leaves the others
             results["errors"][name] = str(error)
             print(f"{name}: {error}", file=sys.stderr)
         write_json(path, results)
