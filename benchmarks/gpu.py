@@ -4,8 +4,9 @@
 
 Runs with this Python and its own torch; nothing is fetched from a network. A part is a few commands
 in processes of their own with a limit of time; one that fails does not stop the next. What came of
-them goes to benchmarks/results/<device>-<date>.json, the whole output of a part to
-build/gpu/<part>.log. Exit status: 0 if every part passed, 1 otherwise or without a GPU.
+them goes to benchmarks/results/<device>-<date>.json, the table of rows to the same name with .md,
+the whole output of a part to build/gpu/<part>.log. Exit status: 0 if every part passed, 1 otherwise
+or without a GPU.
 """
 
 import argparse
@@ -31,6 +32,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 ROWS = BUILD / "rows.json"  # what gpu_rows.py has measured so far
 TOTAL_SECONDS = 600
 LAST_LINES = 25  # of a failed part's output that are shown
+RIVALS = {  # columns of the table: how many times as long they take
+    "official": "x official",
+    "compiled": "x compiled",
+    "library": "x library",
+    "liger": "x Liger",
+    "library_tier": "x library tier",
+}
 WORKERS = 8  # of pytest-xdist: the laws are many small calls, of which most time passes on the host
 
 Command = list[str]
@@ -69,8 +77,8 @@ def pytest_command(*arguments: str) -> Command:
 
 def law_commands() -> list[Command]:
     parallel = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
-    files = [f"python_tests/{name}.py" for name in ("test_ops", "test_cuda")]
-    return [pytest_command(*parallel, *files)]
+    names = "test_ops", "test_cuda", "test_select_patch", "test_replay"
+    return [pytest_command(*parallel, *(f"python_tests/{name}.py" for name in names))]
 
 
 def conformance_commands() -> list[Command]:
@@ -99,7 +107,7 @@ def bench_commands() -> list[Command]:
 
 PARTS = {
     "build": Part("the extension, with this machine's torch", 150, build_commands),
-    "laws": Part("every law on cuda; streams, graphs, 2^31 scores, 50 runs", 160, law_commands),
+    "laws": Part("every law on cuda; streams, graphs, bad input, 2^31 scores", 160, law_commands),
     "conformance": Part("each primitive, on the device as simulated", 40, conformance_commands),
     "sanitizer": Part("memcheck and racecheck over every kernel", 90, sanitizer_commands),
     "bench": Part("every op against its rivals", 160, bench_commands),
@@ -179,21 +187,34 @@ def result_name(device: str, date: str) -> str:
 
 
 def write_result(result: dict[str, Any], folder: Path) -> Path:
-    """Writes the file whole or not at all; one of the same device and day is replaced.
+    """Writes the result, and beside it the table of its rows where it has some; those of the same
+    device and day are replaced.
 
     result: device, date, commit, parts, and what gpu_rows.py measured.
+    returns: path of the result.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / result_name(result["device"], result["date"][:10])
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".unfinished-", delete=False) as file:
+    write_whole(path, json.dumps(result, indent=1) + "\n")
+    if result.get("rows"):
+        head = f"{result['device']}, {result['date']}, commit {result.get('commit', '')}"
+        write_whole(path.with_suffix(".md"), f"{head}\n\n{table(result)}\n")
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes the file whole or not at all, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=".unfinished-", delete=False
+    )
+    with unfinished as file:
         try:
-            file.write(json.dumps(result, indent=1) + "\n")
+            file.write(text)
             file.close()
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
-    return path
 
 
 def commit() -> str:
@@ -215,14 +236,14 @@ def table(result: dict[str, Any]) -> str:
     rows = result.get("rows", [])
     times = {(row["case"], row["passes"], row["rival"]): row["median_ms"] for row in rows}
     lines = [
-        "| case | passes | ms | x official | x compiled | x library | % of copy | % of GEMM |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| case | passes | ms | {' | '.join(RIVALS.values())} | % of copy | % of GEMM |",
+        "|---|---|---|" + "---|" * len(RIVALS) + "---|---|",
     ]
     for row in rows:
         if row["rival"] != "native":
             continue
         key, seconds = (row["case"], row["passes"]), row["median_ms"] / 1e3
-        ratios = [times.get((*key, rival)) for rival in ("official", "compiled", "library")]
+        ratios = [times.get((*key, rival)) for rival in RIVALS]
         shown = ["" if ms is None else f"{ms / row['median_ms']:.3g}" for ms in ratios]
         product = result["limits"]["product"].get(row["dtype"])
         shares = [

@@ -4,18 +4,23 @@
 
 Writes FILE anew after each case, so that a limit of time costs the last cases alone: machine,
 limits (a copy's bytes a second, a product's FLOP a second) and rows as calm_rt.benchmark measures
-them.
+them. `library_tier` is linear_argmax by the library's products (CALM_RT_CUDA_ARGMAX=library),
+which an extension chooses once, so it is timed in a process of its own, before the others.
 """
 
 import functools
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from calm_rt import benchmark, inputs
+from calm_rt import _native, benchmark, inputs
+from calm_rt.ops.check import check
 from calm_rt.tensor_files import write_json
 from calm_rt.testing import Case
 
@@ -25,6 +30,7 @@ AUTOENCODER = (HIDDEN, INTERMEDIATE, LATENT, PATCH)
 HEAD = (64, LATENT, 3)  # noise, latent, blocks
 TRAINED_ROWS = 8188  # of the official training step: 4 sequences of 2047 patches
 BF16 = torch.bfloat16
+TIER_CASES = tuple(f"linear_argmax-R{rows}-H512-V128257-bfloat16" for rows in (800, 25600))
 
 
 def case(op: str, name: str, maker: Callable, *sizes: Any, **options: Any) -> Case:
@@ -94,17 +100,36 @@ CASES = (
 )
 
 
-def measure(one: Case) -> list[dict[str, Any]]:
-    """With gradients where the op has them: that is the work of a training step."""
-    passes, rivals = benchmark.passes_of(one)[-1], benchmark.rivals_of(one)
+def measure(one: Case, among: Sequence[str] = benchmark.RIVALS) -> list[dict[str, Any]]:
+    """With gradients where the op has them: that is the work of a training step. A rival that
+    fails (of memory, say, or Liger's compiler) leaves native alone, and its error in the row."""
+    passes, rivals = benchmark.passes_of(one)[-1], benchmark.rivals_of(one, among, "cuda")
+    failure = {}
     try:
         rows = benchmark.measure(one, passes, rivals, "cuda", ROUNDS, memory=True)
-    except torch.OutOfMemoryError:  # the official formula's, on a smaller GPU
+    except Exception as error:
+        failure = {"rivals_failed": f"{type(error).__name__}: {error}"}
+        print(f"{one}, rivals: {error}", file=sys.stderr)
+    if failure:  # outside of the clause, where the error would hold on to memory
         torch.cuda.empty_cache()
         rows = benchmark.measure(one, passes, ["native"], "cuda", ROUNDS, memory=True)
     [native] = [row for row in rows if row["rival"] == "native"]
+    native |= failure
     native["kernels"] = kernel_times(one, "backward" in passes)
     return rows
+
+
+def measure_tier(path: Path) -> list[dict[str, Any]]:
+    """The other way of linear_argmax at TIER_CASES, without rivals.
+
+    path: of a file for this alone.
+    """
+    environment = {**os.environ, "CALM_RT_CUDA_ARGMAX": "library"}
+    command = [sys.executable, __file__, path, *TIER_CASES]
+    result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return [{**row, "rival": "library_tier"} for row in json.loads(path.read_text())["rows"]]
 
 
 def kernel_times(one: Case, backward: bool) -> dict[str, float]:
@@ -122,20 +147,31 @@ def kernel_times(one: Case, backward: bool) -> dict[str, float]:
     return {name: time for name, time in times.items() if time > 0}
 
 
-def main(path: Path) -> int:
+def main(path: Path, tier_cases: Sequence[str] = ()) -> int:
+    """tier_cases: in a process with another tier, the cases that it is for."""
     results: dict[str, Any] = {"machine": benchmark.machine("cuda")}
+    if tier_cases:
+        tier = _native.build_info().get("cuda_argmax")
+        check(tier == "library", "CALM_RT_CUDA_ARGMAX", "an extension that obeys it", tier)
+        cases = [one for one in CASES if str(one) in tier_cases]
+        results["rows"] = [row for one in cases for row in measure(one, ["native"])]
+        write_json(path, results)
+        return 0
     results |= {"limits": benchmark.limits("cuda"), "rows": [], "errors": {}}
     write_json(path, results)
-    for one in CASES:
+    torch.cuda.empty_cache()
+    works = {"library_tier": functools.partial(measure_tier, path.with_name("tier.json"))}
+    works |= {str(one): functools.partial(measure, one) for one in CASES}
+    for name, work in works.items():
         try:
-            results["rows"] += measure(one)
-        except (RuntimeError, ValueError) as error:  # a case that fails leaves the others
-            results["errors"][str(one)] = str(error)
-            print(f"{one}: {error}", file=sys.stderr)
+            results["rows"] += work()
+        except Exception as error:  # a case that fails leaves the others
+            results["errors"][name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr)
         write_json(path, results)
         torch.cuda.empty_cache()
     return 1 if results["errors"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -3,11 +3,13 @@
 The rivals of a case run in one process and take turns, round by round, so that whatever slows the
 machine for a while hits all of them; the median of the rounds counts. `official` is the official
 code's formula in eager PyTorch, `compiled` torch.compile of it, `library` torch's own function,
-`native` the kernel. Official and compiled draw with torch's generator, the kernel with Philox by
-position. report.py writes what is measured here.
+`liger` Liger's where it is installed beside a GPU, `native` the kernel. Official and compiled draw
+with torch's generator, the kernel with Philox by position. On a GPU its own clock counts, and L2
+holds nothing of a call before. report.py writes what is measured here.
 """
 
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -29,12 +31,13 @@ from calm_rt.environment import info
 from calm_rt.ops.check import check
 from calm_rt.testing import CASES, Case
 
-RIVALS = ("official", "compiled", "library", "native")
+RIVALS = ("official", "compiled", "library", "liger", "native")
 QUICK_RIVALS = ("official", "library", "native")
 QUICK_ROUNDS = 5  # a case that gets fewer takes long: a quick run leaves it out
 SAMPLE_SECONDS = 1e-3  # one timing lasts as long at least; shorter calls are repeated
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # far beyond any cache
 PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
+ERASED_BYTES = 1 << 28  # more than any GPU's L2, so that writing them leaves nothing else there
 LIMIT_ROUNDS = 15  # the fastest counts: a limit is what the machine can do
 
 Call = Callable[[], object]
@@ -52,9 +55,12 @@ def benchmark_cases(names: Sequence[str] | None = None) -> list[Case]:
     return [case for case in cases if names is None or case.op in names]
 
 
-def rivals_of(case: Case, among: Sequence[str] = RIVALS) -> list[str]:
-    """Those of the rivals that the case has."""
-    return [rival for rival in among if rival != "library" or hasattr(library, case.op)]
+def rivals_of(case: Case, among: Sequence[str] = RIVALS, device: str = "cpu") -> list[str]:
+    """Those of the rivals that the case has on the device."""
+    absent = set() if hasattr(library, case.op) else {"library"}
+    if device != "cuda" or library.liger(case.op) is None:
+        absent.add("liger")
+    return [rival for rival in among if rival not in absent]
 
 
 def passes_of(case: Case) -> list[str]:
@@ -69,7 +75,7 @@ def make_arguments(case: Case, rival: str, device: str) -> dict[str, Any]:
 def contender(case: Case, rival: str, arguments: dict[str, Any], backward: bool) -> Call:
     """A call that runs the op once; the caller resets torch's compiler between cases."""
     module = {"native": ops, "library": library}.get(rival, official)
-    function = getattr(module, case.op)
+    function = library.liger(case.op) if rival == "liger" else getattr(module, case.op)
     if rival == "compiled":
         function = torch.compile(function)
     leaves = case.leaves(arguments)
@@ -162,7 +168,7 @@ def measure_all(
     bar = tqdm(work, unit="row", leave=False, disable=None)
     for case, passes in bar:
         bar.set_postfix_str(f"{case} {passes}")
-        rivals = rivals_of(case, QUICK_RIVALS if quick else RIVALS)
+        rivals = rivals_of(case, QUICK_RIVALS if quick else RIVALS, device)
         rounds = QUICK_ROUNDS if quick else case.rounds
         yield measure(case, passes, rivals, device, rounds, memory=not quick)
 
@@ -246,15 +252,33 @@ def _resident(field: str) -> int:
 
 
 def _timed(call: Call, repeats: int, device: str) -> float:
-    """Seconds of one call, the mean of so many in a row."""
+    """Seconds of one call, the mean of so many."""
     if device == "cuda":
-        torch.cuda.synchronize()
+        return _timed_by_events(call, repeats)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    if device == "cuda":
-        torch.cuda.synchronize()
     return (time.perf_counter() - start) / repeats
+
+
+def _timed_by_events(call: Call, repeats: int) -> float:
+    """The same by the GPU's clock, which also counts where it waits for the host to issue work."""
+    eraser = _eraser()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    for start, end in events:
+        eraser.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in events) / 1e3 / repeats
+
+
+@functools.cache
+def _eraser() -> torch.Tensor:
+    """Memory to write over whatever L2 holds."""
+    return torch.empty(ERASED_BYTES, dtype=torch.uint8, device="cuda")
 
 
 @contextlib.contextmanager

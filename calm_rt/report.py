@@ -17,8 +17,9 @@ SLOWER = 1.05  # of the time before: what counts as slower in a comparison
 METHOD = """\
 Median of the rounds; the rivals of a row ran in one process and took turns round by round.
 `official` is the official code's formula in eager PyTorch, `compiled` torch.compile of it,
-`library` torch's own function, `native` the kernel. `x` says how many times faster native is.
-Memory is what one call takes beyond its arguments."""
+`library` torch's own function, `liger` Liger's, `native` the kernel. `x` says how many times faster
+native is. On a GPU its own clock counts, and L2 holds nothing of a call before. Memory is what one
+call takes beyond its arguments."""
 UNSTEADY = 1.5  # median over fastest round: more says that something else used the machine
 BUSY = 0.5  # load average, processes that run or wait: more is not an idle machine
 

@@ -23,9 +23,9 @@
 namespace calm_rt {
 
 std::string build_info() {
-  const std::string chosen =
-      std::string("isa=") + isa_name(isa()) + "\nproducts=" + (own_products() ? "own" : "library");
-  return kBuildInfo + chosen + "\n";
+  const auto whose = [](bool own) { return own ? "own\n" : "library\n"; };
+  const std::string instructions = std::string("isa=") + isa_name(isa()) + "\n";
+  return kBuildInfo + instructions + "products=" + whose(own_products()) + "cuda_argmax=" + whose(!argmax_by_library());
 }
 
 bool has_cuda() {

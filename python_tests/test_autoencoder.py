@@ -1,15 +1,18 @@
 """Encoders and decoders as the models use them: folded, trained, under autocast, on the GPU."""
 
+import dataclasses
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from test_ops import cast, check_scores
 from test_simulator import SCHEDULES, simulator  # noqa: F401  (a fixture)
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import calm_rt
-from calm_rt import inputs, ops, reference
+from calm_rt import inputs, ops, reference, testing
 from calm_rt.nn import Autoencoder, AutoencoderConfig, fold_encoder, folded_bytes, screen_decoder
 from calm_rt.ops.decode import decode_hidden
 from calm_rt.testing import CASES
@@ -201,9 +204,87 @@ def test_simulated_gated_mlp(simulator, dtype: torch.dtype, x_dtype: torch.dtype
         assert ((simulated - value).abs() <= 2 * own + few_eps).all()
 
 
-@pytest.mark.parametrize("case", chain_cases("decode"), ids=str)
-def test_simulated_decode(simulator, case) -> None:  # noqa: F811
-    arguments = case.make()
+MANY_TOKENS = dataclasses.replace(  # more than two tiles of what sm_90a multiplies by warpgroups
+    chain_cases("decode")[0],
+    name="R70-K4-H16",
+    arguments=lambda: inputs.decode(70, 301, 16, 40, 8, 4),
+)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*chain_cases("decode"), MANY_TOKENS], ids=str)
+def test_simulated_decode(simulator, case, dtype: torch.dtype, capability: int) -> None:  # noqa: F811
+    """The same ids under any schedule, as good as the reference's (law 1)."""
+    arguments = case.make(dtype)
     latents, weights = arguments["latents"], arguments["weights"]
-    ids = simulator.decode(latents, *sys.modules[ops.decode.__module__]._flat(weights), 1e-6)
-    assert torch.equal(ids, ops.decode(latents, weights))
+    flat = sys.modules[ops.decode.__module__]._flat(weights)
+    runs = []
+    simulator.set_capability(capability)
+    try:
+        for schedule in SCHEDULES:
+            simulator.set_schedule(schedule)
+            runs.append(simulator.decode(latents, *flat, 1e-6))
+    finally:
+        simulator.set_capability(80)
+    assert all(torch.equal(ids, runs[0]) for ids in runs)
+    expected = reference.decode(latents, weights, 1e-6)
+    check_scores(case, cast(case, arguments, torch.float64), runs[0], expected, dtype)
+    if dtype == torch.float32:
+        assert torch.equal(runs[0], ops.decode(latents, weights))
+
+
+TILE_ROWS = 4096  # of the gated MLPs on the GPU
+
+
+def single(value):
+    return testing.move(value, torch.float32, "cpu")
+
+
+def product_rows(call: Callable[[], object]) -> list[int]:
+    """Of every library product that the call takes."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        call()
+    products = {"aten::mm": 0, "aten::linear": 0}
+    return [
+        event.input_shapes[products[event.name]][0]
+        for event in profile.events()
+        if event.name in products
+    ]
+
+
+def test_simulated_gated_mlp_takes_tiles(simulator) -> None:  # noqa: F811
+    """Its products of gate, up and down: of a whole tile and of the row behind it."""
+    values = [single(value) for value in inputs.gated_mlp(TILE_ROWS + 1, 5, 3).values()]
+    out, *products = simulator.gated_mlp(*values, 1e-6, True)
+    rows = product_rows(lambda: simulator.gated_mlp(*values, 1e-6, False))
+    assert rows == [TILE_ROWS] * 3 + [1] * 3
+    grad = single(inputs.normal(9, *out.shape))
+    gradients = simulator.gated_mlp_backward(grad, grad, *values, *products, 1e-6, True)
+    wide = [value.double().requires_grad_() for value in values]
+    exact = reference.gated_mlp(*wide, 1e-6)
+    truth = [exact.detach(), *torch.autograd.grad(exact, wide, grad.double())]
+    for simulated, value in zip([out, *gradients], truth, strict=True):
+        assert torch.allclose(simulated.double(), value, rtol=1e-4, atol=1e-4)
+    last = [value[-70:] if value.shape[:1] == out.shape[:1] else value for value in values]
+    assert torch.allclose(simulator.gated_mlp(*last, 1e-6, False)[0], out[-70:])
+
+
+@pytest.mark.parametrize("op", ["encode", "folded_encode", "decode"])
+def test_simulated_chains_take_tiles(simulator, op: str) -> None:  # noqa: F811
+    """No product has more rows than a tile, of patches or of tokens, and every row is right."""
+    patch = 3
+    tile = TILE_ROWS if op == "folded_encode" else TILE_ROWS // patch
+    given, weights = getattr(inputs, op)(tile + 5, 11, 8, 3, 2, patch).values()
+    name = op.removeprefix("folded_")
+    narrow, narrow_weights = tree_map(single, (given, weights))
+    flat = sys.modules[getattr(ops, name).__module__]._flat(narrow_weights)
+    outputs = []
+    rows = product_rows(lambda: outputs.append(getattr(simulator, name)(narrow, *flat, 1e-6)))
+    assert max(rows) <= TILE_ROWS and {tile, 5} <= set(rows)
+    if op == "decode":
+        hidden = reference.decode_hidden(given, weights, 1e-6)
+        assert torch.equal(outputs[0], (hidden @ weights.vocabulary.T).argmax(-1))
+        return
+    for output, exact in zip(outputs[0], reference.encode(given, weights, 1e-6), strict=True):
+        assert torch.allclose(output.double(), exact, rtol=1e-4, atol=1e-4)

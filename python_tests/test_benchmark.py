@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from calm_rt import benchmark, cli, costs, official, ops, reference, report, scaling
+from calm_rt import benchmark, cli, costs, library, official, ops, reference, report, scaling
 from calm_rt.testing import CASES
 
 TINY = [case for case in CASES if str(case) in ("noise-normal", "energy_score-S2-R3-L5-M1")]
@@ -71,6 +72,72 @@ def test_short_calls_are_repeated():
 
     benchmark.compete({"a": call}, "cpu", rounds=1)
     assert count > 100
+
+
+def test_a_gpu_is_timed_by_its_own_clock_and_without_l2(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.place = None
+
+        def record(self):
+            log.append("event")
+            self.place = len(log)
+
+        def elapsed_time(self, end):
+            assert log[-1] == "wait"
+            return 1.0 * (end.place - self.place)  # milliseconds: 2 where a call lies between
+
+    class Eraser:
+        def zero_(self):
+            log.append("erase")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(benchmark, "_eraser", Eraser)
+    assert benchmark._timed(lambda: log.append("call"), 3, "cuda") == pytest.approx(2e-3)
+    assert log == ["wait", *["erase", "event", "call", "event"] * 3, "wait"]
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Something that is called as Liger is."""
+
+    class LigerFusedLinearCrossEntropyLoss:
+        def __call__(self, lin_weight, _input, target):
+            return torch.nn.functional.cross_entropy(_input @ lin_weight.T, target)
+
+    transformers = types.ModuleType("liger_kernel.transformers")
+    transformers.LigerFusedLinearCrossEntropyLoss = LigerFusedLinearCrossEntropyLoss
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", transformers)
+    library.liger.cache_clear()
+    yield
+    library.liger.cache_clear()
+
+
+def test_liger_is_a_rival_on_a_gpu(liger):
+    for case in benchmark.benchmark_cases():
+        assert "liger" not in benchmark.rivals_of(case)
+        there = "liger" in benchmark.rivals_of(case, device="cuda")
+        assert there == (case.op == "linear_cross_entropy")
+    case = next(case for case in CASES if case.op == "linear_cross_entropy")
+    for backward in (False, True):
+        arguments = benchmark.make_arguments(case, "liger", "cpu")
+        theirs = benchmark.contender(case, "liger", arguments, backward)()
+        arguments = benchmark.make_arguments(case, "native", "cpu")
+        ours = benchmark.contender(case, "native", arguments, backward)()
+        pairs = zip(theirs, ours, strict=True) if backward else [(theirs, ours)]
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in pairs)
+
+
+def test_without_liger_nobody_asks_for_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    library.liger.cache_clear()
+    for case in benchmark.benchmark_cases():
+        assert "liger" not in benchmark.rivals_of(case, device="cuda")
+    library.liger.cache_clear()
 
 
 def test_native_does_not_fall_back_while_it_is_timed(monkeypatch):

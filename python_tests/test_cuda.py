@@ -1,11 +1,12 @@
-"""What only a GPU can break: streams, graphs, more than 2^31 scores, and the same bits 50 times.
+"""What only a GPU can break: streams, graphs, more than 2^31 scores, the same bits 50 times, and
+ids that only the device can see to be wrong.
 
 The laws of test_ops.py run on the GPU as well where there is one.
 """
 
 import pytest
 import torch
-from test_ops import all_cases, run
+from test_ops import LAW_CASES, all_cases, run
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -143,3 +144,72 @@ def test_cuda_noise_beyond_int() -> None:
     some = spread_rows(rows.numel())
     alone = ops.noise(rows[some], draws, length, seed=seed, stream=Stream.HEAD)
     assert torch.equal(noise[:, some], alone)
+
+
+def assert_alive() -> None:
+    """A fault ends the context: whatever is called next would fail."""
+    torch.cuda.synchronize()
+    assert torch.ones(3, device="cuda").sum().item() == 3
+
+
+def wrong_ids(ids: Tensor, vocabulary: int) -> list[Tensor]:
+    """The ids with one in the second row that is none, [R, ...] each."""
+    limits, wrongs = torch.iinfo(torch.int64), []
+    for wrong in (-1, vocabulary, limits.min, limits.max):
+        wrongs.append(ids.clone())
+        wrongs[-1].view(len(ids), -1)[1, -1] = wrong
+    return wrongs
+
+
+def assert_marked(output: Tensor, right: Tensor) -> None:
+    """The second row is NaN, the others are what they were."""
+    assert output[1].isnan().all()
+    others = [row for row in range(len(right)) if row != 1]
+    assert torch.equal(output[others], right[others])
+
+
+@pytest.mark.parametrize("case", [case for case in LAW_CASES if case.op == "encode"], ids=str)
+def test_cuda_encode_marks_wrong_ids(case: Case) -> None:
+    arguments = case.make(torch.float32, "cuda")
+    ids, weights = arguments["ids"], arguments["weights"]
+    with calm_rt.backend("native"), torch.no_grad():
+        expected = ops.encode(ids, weights)
+        for wrong in wrong_ids(ids, weights[0].shape[-2]):  # of the tables or the embedding
+            for output, right in zip(ops.encode(wrong, weights), expected, strict=True):
+                assert_marked(output, right)
+    assert_alive()
+
+
+def test_cuda_cross_entropy_marks_wrong_targets() -> None:
+    generator = torch.Generator("cuda").manual_seed(3)
+    hidden, weight = (
+        torch.randn(rows, 16, device="cuda", generator=generator, requires_grad=True)
+        for rows in (5, 30)
+    )
+    target = torch.tensor([3, 29, 0, -100, 7], device="cuda")
+    with calm_rt.backend("native"):
+        expected = ops.linear_cross_entropy(hidden, weight, target, reduction="none")
+        for wrong in wrong_ids(target, 30):
+            loss = ops.linear_cross_entropy(hidden, weight, wrong, reduction="none")
+            assert_marked(loss, expected)
+            mean = ops.linear_cross_entropy(hidden, weight, wrong)
+            assert mean.isnan()
+            grad_hidden, _ = torch.autograd.grad(mean, (hidden, weight))
+            assert grad_hidden[1].isnan().all()
+    assert_alive()
+
+
+@all_cases
+def test_cuda_refuses_arguments_on_the_cpu(case: Case) -> None:
+    """Each of them beside a first argument on the device, before anything is launched."""
+    for name in list(case.make(device="cuda"))[1:]:
+        arguments = case.make(device="cuda")
+        if not tensors_of(arguments[name]):
+            continue
+        arguments[name] = tree_map(
+            lambda value: value.detach().cpu() if isinstance(value, Tensor) else value,
+            arguments[name],
+        )
+        with calm_rt.backend("native"), pytest.raises(ValueError, match="got one on"):
+            getattr(ops, case.op)(**arguments)
+    assert_alive()

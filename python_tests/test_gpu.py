@@ -36,7 +36,7 @@ def run(gpu, monkeypatch, folder: Path, **parts) -> tuple[int, dict]:
     """Exit status and what was written."""
     monkeypatch.setattr(gpu, "PARTS", parts)
     status = gpu.main(["--output", str(folder)])
-    [path] = folder.iterdir()
+    [path] = folder.glob("*.json")
     return status, json.loads(path.read_text())
 
 
@@ -106,9 +106,13 @@ def test_results_name_device_date_and_commit(gpu, monkeypatch, tmp_path, capsys)
     status, result = run(gpu, monkeypatch, tmp_path / "results", bench=part(gpu, program))
     assert status == 0 and result["rows"] == measured["rows"]
     assert result["device"] == "NVIDIA H200" and {"date", "commit"} <= set(result)
-    [path] = (tmp_path / "results").iterdir()
-    assert path.name == f"h200-{result['date'][:10]}.json"
-    assert "| noise-x | forward | 1 | 12 |  |  | 50% | 10% |" in capsys.readouterr().out
+    path = tmp_path / "results" / f"h200-{result['date'][:10]}.md"
+    assert {other.name for other in path.parent.iterdir()} == {path.name, f"{path.stem}.json"}
+    printed = capsys.readouterr().out
+    head, _, *table = path.read_text().splitlines()
+    assert head.startswith(f"NVIDIA H200, {result['date']}, commit ")
+    assert "| noise-x | forward | 1 | 12 |  |  |  |  | 50% | 10% |" in table
+    assert "\n".join(table) in printed and len({line.count("|") for line in table}) == 1
 
 
 def test_results_of_a_run_without_the_benchmark_hold_no_older_rows(
@@ -117,6 +121,7 @@ def test_results_of_a_run_without_the_benchmark_hold_no_older_rows(
     gpu.ROWS.write_text(json.dumps({"rows": [{"case": "of an earlier run"}]}))
     status, result = run(gpu, monkeypatch, tmp_path / "results", one=part(gpu, "pass"))
     assert status == 0 and "rows" not in result
+    assert not list((tmp_path / "results").glob("*.md"))
 
 
 def test_results_are_written_whole_or_not_at_all(gpu, tmp_path) -> None:
@@ -129,11 +134,38 @@ def test_results_are_written_whole_or_not_at_all(gpu, tmp_path) -> None:
     assert json.loads(path.read_text()) == result
 
 
-def test_every_large_case_is_an_op_with_a_cost() -> None:
+@pytest.fixture
+def gpu_rows():
     spec = importlib.util.spec_from_file_location("gpu_rows", PROGRAM.with_name("gpu_rows.py"))
-    rows = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rows)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_large_case_is_an_op_with_a_cost(gpu_rows) -> None:
     from calm_rt import benchmark, costs
 
-    assert {case.op for case in rows.CASES} == {case.op for case in benchmark.benchmark_cases()}
-    assert all(callable(getattr(costs, case.op)) for case in rows.CASES)
+    assert {case.op for case in gpu_rows.CASES} == {case.op for case in benchmark.benchmark_cases()}
+    assert all(callable(getattr(costs, case.op)) for case in gpu_rows.CASES)
+    assert set(gpu_rows.TIER_CASES) < set(map(str, gpu_rows.CASES))
+
+
+def test_a_failed_rival_or_case_leaves_the_others(gpu_rows, monkeypatch, tmp_path) -> None:
+    def measure(case, passes, rivals, *_, **__):
+        if case.op == "noise":
+            raise ValueError("of noise itself")
+        if len(rivals) > 1:
+            raise KeyError("of a rival")
+        return [{"case": str(case), "rival": "native"}]
+
+    monkeypatch.setattr(gpu_rows.benchmark, "measure", measure)
+    monkeypatch.setattr(gpu_rows.benchmark, "machine", lambda device: {})
+    monkeypatch.setattr(gpu_rows.benchmark, "limits", lambda device: {})
+    monkeypatch.setattr(gpu_rows, "kernel_times", lambda case, backward: {})
+    monkeypatch.setattr(gpu_rows, "measure_tier", lambda path: [{"rival": "library_tier"}])
+    assert gpu_rows.main(tmp_path / "rows.json") == 1
+    result = json.loads((tmp_path / "rows.json").read_text())
+    assert list(result["errors"].values()) == ["of noise itself"]
+    tier, *native = result["rows"]
+    assert tier == {"rival": "library_tier"} and len(native) == len(gpu_rows.CASES) - 1
+    assert all(row["rivals_failed"] == "KeyError: 'of a rival'" for row in native)

@@ -120,6 +120,13 @@ def test_whose_products_are_used() -> None:
     assert in_process("", PRODUCT).stdout.split() in (own, library)
 
 
+@pytest.mark.parametrize(("wanted", "whose"), [("library", "library"), ("own", "own"), ("", "own")])
+def test_info_shows_whose_argmax_a_gpu_takes(monkeypatch, wanted: str, whose: str) -> None:
+    monkeypatch.setenv("CALM_RT_CUDA_ARGMAX", wanted)
+    program = "import calm_rt; print(calm_rt.info()['build']['cuda_argmax'])"
+    assert in_process("", program).stdout.strip() == whose
+
+
 def test_whole_numbers_have_the_same_bits() -> None:
     outputs = {isa: in_process(isa, WHOLE_NUMBERS).stdout for isa in ISAS}
     assert outputs["portable"].count("\n") > 5

@@ -4,12 +4,14 @@
 here.
 """
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from needs import need
 from test_simulator import ROOT, built
 from torch import Tensor
 
@@ -37,7 +39,9 @@ SECTIONS = {  # in the order of the program's output, in multiples of WORDS
     "box_products": 4,
 }
 SUM_ROUNDING = 16 * 1.5e-7  # of sixteen products and the sum before, as the kernels count with
-NVCC = shutil.which("nvcc")
+HOMES = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+PLACES = [f"{home}/bin" for home in HOMES if home]  # where CMake looks after PATH
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(PLACES))
 
 
 def run(program: Path, folder: Path, words: Tensor) -> dict[str, Tensor]:
@@ -223,16 +227,16 @@ def test_products_of_boxes_are_within_what_the_kernels_allow(simulated) -> None:
     check_box_products(simulated["box_products"], simulated["tamed"])
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_device_program_compiles(architecture: str, tmp_path: Path) -> None:
+    need(NVCC, "nvcc is neither on PATH nor in CUDA_HOME")
     target = f"arch=compute_{architecture},code=sm_{architecture}"
     compile_for_device(tmp_path / "conformance.o", "-c", "-gencode", target)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cuda_device_equals_the_simulator(simulated, words: Tensor, tmp_path: Path) -> None:
-    assert NVCC is not None, "nvcc is not on PATH"
+    need(NVCC, "nvcc is neither on PATH nor in CUDA_HOME")
     program = tmp_path / "conformance"
     major, minor = torch.cuda.get_device_capability()
     name = f"{major}{minor}" + ("a" if major == 9 else "")

@@ -1,5 +1,7 @@
 """Steps without a look by the host: the same texts, and nothing that a CUDA graph forbids."""
 
+import copy
+
 import pytest
 import torch
 from test_engine import MANY, model, poisoned  # noqa: F401
@@ -10,6 +12,7 @@ from calm_rt.nn import KVCache
 from calm_rt.replay import Steps
 from calm_rt.sequence import Sampling
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 SETTINGS = {"max_new_tokens": 22, "seed": 5, "num_candidates": 20}
 # what reads a value on the host, or makes a tensor as large as values say
 LOOKS = {
@@ -35,16 +38,58 @@ class NoLook(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("temperature", [1, "1/2", 0])
-@pytest.mark.parametrize("steps", [2, 5, 100])
-def test_texts_are_those_of_single_steps(model, steps, temperature):  # noqa: F811
-    expected = Generator(model).generate(MANY, temperature=temperature, **SETTINGS)
+def check_texts(model, steps, temperature, **single):  # noqa: F811
+    """single: options of what takes single steps."""
+    expected = Generator(model, **single).generate(MANY, temperature=temperature, **SETTINGS)
     generator = Generator(model, max_batch_size=3, steps_per_read=steps)
     results = generator.generate(MANY, temperature=temperature, **SETTINGS)
     for one, other in zip(results, expected, strict=True):
         assert (one.ids, one.finished, one.steps) == (other.ids, other.finished, other.steps)
         assert one.draws == other.draws and one.exact == other.exact
     assert len({one.steps for one in results}) > 2  # they end at different times
+
+
+@pytest.mark.parametrize("temperature", [1, "1/2", 0])
+@pytest.mark.parametrize("steps", [2, 5, 100])
+def test_texts_are_those_of_single_steps(model, steps, temperature):  # noqa: F811
+    check_texts(model, steps, temperature)
+
+
+@needs_cuda
+@pytest.mark.parametrize("temperature", [1, "1/2", 0])
+def test_cuda_texts_are_those_of_single_steps(model, temperature):  # noqa: F811
+    """In batches of one size, for a row's rounding depends on it there."""
+    check_texts(copy.deepcopy(model).to("cuda"), 5, temperature, max_batch_size=3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("temperature", [1, "1/2"])
+def test_cuda_replays_are_the_steps_that_were_captured(model, monkeypatch, temperature):  # noqa: F811
+    check_replays(copy.deepcopy(model).to("cuda"), monkeypatch, temperature)
+
+
+def check_replays(model, monkeypatch, temperature):  # noqa: F811
+    """Steps with a graph and without draw the same, in a second run from new states too."""
+    weight = model.transformer.norm.weight
+    device, capture = weight.device, Steps._capture
+    sampling = Sampling(temperature, 20, "pool", 100, "raise", 7)
+    runs = []
+    for graph in (True, False):
+        monkeypatch.setattr(Steps, "_capture", capture if graph else lambda steps: None)
+        cache = KVCache(model.config, 3, 12, weight.dtype, device)
+        with torch.no_grad():
+            steps = Steps(model, cache, sampling, 4)
+            assert (steps._graph is not None) == (graph and device.type == "cuda")
+            last = torch.ones(3, model.config.patch_size, dtype=torch.int64, device=device)
+            rows, drawn = torch.arange(3, device=device) << 32, []
+            for count in (4, 2):
+                patches, finite = (part.clone() for part in steps.run(last, rows, count))
+                last, rows = patches[-1], rows + count
+                drawn += [patches, finite]
+        assert cache.lengths.tolist() == [6, 6, 6]
+        runs.append(drawn)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert runs[0][1].all() and runs[0][0].unique().numel() > 2
 
 
 def test_several_steps_are_run_at_once(model, monkeypatch):  # noqa: F811

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import need
 
 from calm_rt import _native
 
@@ -17,19 +18,16 @@ MOST_THREADS = {"bound_groups_kernel": 256, "bound_groups_wgmma_kernel": 384}  #
 REGISTER_FILE = 65536  # registers of a multiprocessor, from sm_80 on
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
-pytestmark = [
-    pytest.mark.skipif(not REPORT.exists(), reason="not in a checkout"),
-    pytest.mark.skipif(not _native.build_info().get("cuda"), reason="built without CUDA"),
-]
+pytestmark = pytest.mark.skipif(not REPORT.exists(), reason="not in a checkout")
 
 
 @pytest.fixture(scope="module")
 def resources():
+    need(_native.build_info().get("cuda"), "built without CUDA: CALM_RT_CUDA=ON builds with nvcc")
     spec = importlib.util.spec_from_file_location("resources", REPORT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if module.find_cuobjdump() is None:
-        pytest.skip("cuobjdump is missing: pip install nvidia-cuda-cuobjdump")
+    need(module.find_cuobjdump(), "cuobjdump is missing: pip install nvidia-cuda-cuobjdump")
     return module
 
 

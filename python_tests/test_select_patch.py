@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_ops import all_devices
 from test_reference import FALSE_ALARM, distribution, p_value
 from test_simulator import simulator  # noqa: F401
 from torch import Tensor
@@ -44,13 +45,14 @@ def native(tokens: Tensor, n: int, seed: int, rows: Tensor | None = None) -> Ten
         return ops.select_patch(tokens, n=n, seed=seed, rows=rows)
 
 
+@all_devices
 @pytest.mark.parametrize("n", POWERS)
 @pytest.mark.parametrize("sizes", POOLS, ids=lambda sizes: "B{}-S{}-K{}-kinds{}".format(*sizes))
-def test_choices_equal_the_reference(sizes: tuple[int, ...], n: int) -> None:
+def test_choices_equal_the_reference(sizes: tuple[int, ...], n: int, device: str) -> None:
     tokens, rows = random_pools(*sizes, seed=n % 1009), row_ids(sizes[0])
     steps = min(n, sizes[1])  # the reference lists all steps up to n
     expected = reference.select_patch(tokens, steps, torch.tensor(n), rows)
-    assert torch.equal(native(tokens, n, n, rows), expected)
+    assert torch.equal(native(tokens.to(device), n, n, rows.to(device)).cpu(), expected)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 60, 2**40])
@@ -64,13 +66,14 @@ def test_simulated_choices_equal_the_kernel(simulator, sizes: tuple[int, ...], n
     assert torch.equal(chosen, native(tokens, n, 5, rows))
 
 
+@all_devices
 @pytest.mark.parametrize("n", [1, 2, 4, 12])
 @pytest.mark.parametrize("kinds", [2, 5, 40])
-def test_frequencies_are_those_of_enumeration(n: int, kinds: int) -> None:
+def test_frequencies_are_those_of_enumeration(n: int, kinds: int, device: str) -> None:
     pool = random_pools(1, 12, 1, kinds, seed=100 * n + kinds)[0]
     exact = distribution([tuple(patch) for patch in pool.tolist()], n)
     trials = 20_000
-    chosen = native(pool.expand(trials, -1, -1), n, seed=n)
+    chosen = native(pool.to(device).expand(trials, -1, -1), n, seed=n).cpu()
     observed = torch.bincount(chosen, minlength=12).double()
     expected = torch.tensor([float(trials * exact.get(index, 0)) for index in range(12)]).double()
     assert observed[expected == 0].sum() == 0
@@ -78,8 +81,9 @@ def test_frequencies_are_those_of_enumeration(n: int, kinds: int) -> None:
         assert p_value(observed[expected > 0], expected[expected > 0]) > FALSE_ALARM
 
 
-def test_the_row_id_decides_and_nothing_else_in_the_batch() -> None:
-    tokens, rows = random_pools(64, 40, 2, 3, seed=1), row_ids(64)
+@all_devices
+def test_the_row_id_decides_and_nothing_else_in_the_batch(device: str) -> None:
+    tokens, rows = random_pools(64, 40, 2, 3, seed=1).to(device), row_ids(64).to(device)
     whole = native(tokens, 2, 7, rows)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
     assert torch.equal(native(tokens[order], 2, 7, rows[order]), whole[order])
@@ -90,12 +94,13 @@ def test_the_row_id_decides_and_nothing_else_in_the_batch() -> None:
     assert (native(tokens[:1].expand(64, -1, -1), 1, 8, rows) != same_pool).any()
 
 
-def test_patches_that_differ_in_one_token_are_others() -> None:
+@all_devices
+def test_patches_that_differ_in_one_token_are_others(device: str) -> None:
     """Each candidate comes twice but for one, so at n = 2 that one is never chosen."""
     for size in (1, 4, 16, 40):
         pool = torch.full((2 * size + 1, size), -1)
         pool[: 2 * size] += torch.eye(size, dtype=torch.int64).repeat(2, 1)
-        chosen = native(pool.expand(500, -1, -1), 2, seed=size)
+        chosen = native(pool.to(device).expand(500, -1, -1), 2, seed=size)
         assert set(chosen.tolist()) == set(range(size))
 
 

@@ -4,10 +4,13 @@
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from needs import need
 from torch import Tensor
 
 from calm_rt import ops, reference
@@ -28,11 +31,7 @@ energy_cases = pytest.mark.parametrize("case", ENERGY_CASES, ids=str)
 
 def built(name: str) -> Path:
     path = BUILD / name
-    if not path.exists():
-        reason = f"{path.relative_to(ROOT)} is not built: make simulator"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    need(path.exists(), f"{path.relative_to(ROOT)} is not built: make simulator")
     return path
 
 
@@ -265,3 +264,35 @@ def test_argmax_of_not_finite_scores(simulator, value: float) -> None:
 
 def test_argmax_without_rows(simulator) -> None:
     assert simulator.linear_argmax(torch.ones(0, 3), torch.ones(5, 3), None).shape == (0,)
+
+
+BY_LIBRARY = """
+import sys, torch
+
+torch.ops.load_library(sys.argv[1])
+calls = torch.load(sys.argv[2])
+with torch.profiler.profile() as profile:
+    ids = [torch.ops.calm_rt_simulator.linear_argmax(*call, None) for call in calls]
+torch.save(ids, sys.argv[2])
+print(sum(event.name == "aten::mm" for event in profile.events()))
+"""
+
+
+def test_argmax_by_the_library_gives_the_same(simulator, tmp_path: Path) -> None:
+    """Small whole numbers, whose products are exact, over two blocks and with ties. Who multiplies
+    is chosen when the first call asks for it, so the library does in a process of its own."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randint(-1, 2, (5, 8), generator=generator).double()
+    weight = torch.randint(-1, 2, (8192 + 70, 8), generator=generator).double()
+    scores = hidden @ weight.T
+    assert (scores == scores.amax(-1, keepdim=True)).sum(-1).min() > 1
+    calls = [(hidden.to(dtype), weight.to(dtype)) for dtype in DTYPES]
+    torch.save(calls, tmp_path / "tensors")
+    command = [sys.executable, "-c", BY_LIBRARY, built("_simulator.abi3.so"), tmp_path / "tensors"]
+    environment = {**os.environ, "CALM_RT_CUDA_ARGMAX": "library"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == 2 * len(DTYPES)  # products, one a block
+    for ids, call in zip(torch.load(tmp_path / "tensors"), calls, strict=True):
+        assert torch.equal(ids, scores.argmax(-1))
+        assert torch.equal(simulator.linear_argmax(*call, None), ids)

@@ -30,7 +30,7 @@ Tensor decode(const Tensor& latents, const Tensor& latent, const Tensor& latent_
   const MlpLayers patch_mlps(patch_layers, type, size, "decode"), token_mlps(token_layers, type, size, "decode");
   Tensor hidden = allocate(latents, {num_rows * patch, size});
 
-  const int64_t tile = patches_per_task<Device>(num_rows);
+  const int64_t tile = patches_per_task<Device>(num_rows, patch);
   const int64_t hidden_size = aligned(tile * size);
   const int64_t scratch_size = hidden_size + std::max(patch_mlps.scratch(tile), token_mlps.scratch(tile * patch));
   Tensor scratch = allocate(latents, {num_workers<Device>() * scratch_size});

@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> encode(const Tensor& ids, const Tensor& tables, std::
   const MlpLayers token_mlps(token_layers, type, size, "encode"), patch_mlps(patch_layers, type, size, "encode");
   Tensor mean = allocate(tables, {num_rows, latent_size}), log_std = allocate(tables, {num_rows, latent_size});
 
-  const int64_t tile = patches_per_task<Device>(num_rows), tokens = folded ? 0 : tile * patch;
+  const int64_t tile = patches_per_task<Device>(num_rows, folded ? 1 : patch), tokens = folded ? 0 : tile * patch;
   const int64_t hidden_size = aligned(tile * size), token_hidden_size = aligned(tokens * size);
   const int64_t mlp_scratch = std::max(token_mlps.scratch(tokens), patch_mlps.scratch(tile));
   const int64_t scratch_size = hidden_size + token_hidden_size + mlp_scratch;

@@ -36,11 +36,17 @@ inline int64_t gated_mlp_scratch(int64_t rows, int64_t hidden_size, int64_t inte
 constexpr int64_t kFewRows = 512;     // of which no tasks are made, so that weights are packed once
 constexpr int64_t kSharedSize = 128;  // from which H on their products are worth several threads
 
-// Rows of a task: as many as make packing the weights cheap, and several tasks for as many threads. 2,048 rows at H 512
-// and I 1,280 take 31 ms in tiles of 128, whose products stay in the second cache, and 28 ms in tiles of 256.
+// Rows of a tile on the GPU, where tiles follow each other: memory does not grow with R, and the intermediate, 21 MB in
+// bfloat16 at I 1,280, stays in the 50 MB of an H200's second cache.
+constexpr int64_t kCudaTileRows = 4096;
+
+// Rows of a task on the CPU: as many as make packing the weights cheap, and several tasks for as many threads. 2,048
+// rows at H 512 and I 1,280 take 31 ms in tiles of 128, whose products stay in the second cache, and 28 ms in tiles of
+// 256.
 template <class Device>
 int64_t gated_mlp_tile(int64_t num_rows, int64_t intermediate_size, int64_t element_size) {
-  if (!std::is_same_v<Device, Cpu> || num_rows <= kFewRows) return num_rows;
+  if (std::is_same_v<Device, Cuda>) return std::min(num_rows, kCudaTileRows);
+  if (num_rows <= kFewRows) return num_rows;
   constexpr int64_t kTileBytes = 5 << 20;
   const int64_t most = std::clamp<int64_t>(kTileBytes / (2 * element_size * intermediate_size + 1), 32, 1024);
   const int64_t num_tiles = std::max((num_rows + most - 1) / most, std::min<int64_t>(8, (num_rows + 15) / 16));

@@ -13,10 +13,14 @@ constexpr int64_t kFewPatches = 128;  // of which no tasks are made
 // Patches in a task; few of them are a lone task, whose products are shared out. On the CPU a task's intermediates stay
 // in the second cache of its thread, and there are tasks for four threads; the number of threads itself must not
 // matter. A product reads and packs its weights whatever its rows are: 64 patches at H 512 take 16.2 ms of one thread
-// in tasks of 16, 13.6 in tasks of 32 and 12.0 in one.
+// in tasks of 16, 13.6 in tasks of 32 and 12.0 in one. On the GPU a tile holds kCudaTileRows of the rows that the
+// layers see, which are `rows_of_patch` a patch.
 template <class Device>
-int64_t patches_per_task(int64_t num_rows) {
-  if (!std::is_same_v<Device, Cpu> || num_rows <= kFewPatches) return std::max<int64_t>(1, num_rows);
+int64_t patches_per_task(int64_t num_rows, int64_t rows_of_patch) {
+  if (std::is_same_v<Device, Cuda>) {
+    return std::clamp<int64_t>(kCudaTileRows / std::max<int64_t>(1, rows_of_patch), 1, std::max<int64_t>(1, num_rows));
+  }
+  if (num_rows <= kFewPatches) return std::max<int64_t>(1, num_rows);
   return std::clamp<int64_t>((num_rows + 3) / 4, 32, 128);
 }
 
