@@ -92,6 +92,7 @@ def _check_environment() -> None:
     expected = {
         "CALM_RT_CPU_ISA": ("isa", "portable, avx2 or avx512, one that this processor has"),
         "CALM_RT_CPU_PRODUCTS": ("products", "own or library"),
+        "CALM_RT_CUDA_ARGMAX": ("cuda_argmax", "own or library"),
     }
     for name, (key, allowed) in expected.items():
         wanted, used = os.environ.get(name), build_info().get(key)

@@ -19,6 +19,7 @@ ISA_FLAGS = {
     "avx512": [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")] + ["-mfma", "-mf16c"],
 }
 ISAS = tuple(ISA_FLAGS)
+KERNELS = [*(ROOT / "csrc/kernels/cpu").glob("*.cpp"), *(ROOT / "csrc/common").glob("*.cpp")]
 LAWS = "error_at_most or views_equal or expanded_rows or two_runs or thread_count"
 
 # One line for each case whose output is whole numbers: exact ids, choices, steps of uniforms.
@@ -75,6 +76,21 @@ def test_laws_hold(isa: str) -> None:
         text=True,
     )
     assert result.returncode == 0, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS), ids=lambda path: path.stem)
+def test_portable_code_asks_for_no_x86(kernel: Path, tmp_path: Path) -> None:
+    """As for ARM, but for its instructions: nothing outside of guards is x86's."""
+    standard = "cstddef cstdint cstdlib cstring cmath algorithm array atomic type_traits utility"
+    lines = [f"#include <{name}>" for name in standard.split()]  # these ask what the machine is
+    header = tmp_path / "other_machine.h"
+    header.write_text("\n".join([*lines, "#undef __x86_64__", "#undef __SSE2__", ""]))
+    command = [os.environ.get("CXX", "c++"), "-fsyntax-only", "-std=c++20", "-Wno-psabi"]
+    command += ["-include", header, "-DCALM_ISA=portable", "-DCALM_ISA_PORTABLE"]
+    result = subprocess.run(
+        [*command, f"-I{ROOT / 'csrc'}", kernel], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def run_program(isa: str, name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -143,8 +159,11 @@ def test_info_shows_it(isa: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["avx9000", "AVX2", "none"])
-def test_a_request_that_cannot_be_served_is_said(wanted: str) -> None:
+def test_a_request_that_cannot_be_served_is_said(wanted: str, monkeypatch) -> None:
+    monkeypatch.setenv("CALM_RT_CUDA_ARGMAX", wanted)
     result = in_process(wanted, "import calm_rt", wanted)
     assert f"got {wanted!r}. Using {used('')}" in result.stderr
     assert f"CALM_RT_CPU_PRODUCTS: expected own or library, got {wanted!r}" in result.stderr
-    assert "CALM_RT_CPU" not in in_process("", "import calm_rt").stderr
+    assert f"CALM_RT_CUDA_ARGMAX: expected own or library, got {wanted!r}" in result.stderr
+    monkeypatch.delenv("CALM_RT_CUDA_ARGMAX")
+    assert "CALM_RT_C" not in in_process("", "import calm_rt").stderr

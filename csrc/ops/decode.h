@@ -25,9 +25,12 @@ Tensor decode(const Tensor& latents, const Tensor& latent, const Tensor& latent_
       "decode: latent must be [H, L], expand [K H, H], of latents' dtype, norm [H] of its accumulation type");
 
   Guard<Device> guard(latents);
-  Tensor latents_ = as_contiguous(latents), latent_ = as_contiguous(latent), latent_bias_ = as_contiguous(latent_bias);
-  Tensor expand_ = as_contiguous(expand), expand_bias_ = as_contiguous(expand_bias), norm_ = as_contiguous(norm);
-  const MlpLayers patch_mlps(patch_layers, type, size, "decode"), token_mlps(token_layers, type, size, "decode");
+  Tensor latents_ = guard.contiguous(latents), latent_ = guard.contiguous(latent),
+         latent_bias_ = guard.contiguous(latent_bias);
+  Tensor expand_ = guard.contiguous(expand), expand_bias_ = guard.contiguous(expand_bias),
+         norm_ = guard.contiguous(norm);
+  const MlpLayers patch_mlps(patch_layers, type, size, guard, "decode"),
+      token_mlps(token_layers, type, size, guard, "decode");
   Tensor hidden = allocate(latents, {num_rows * patch, size});
 
   const int64_t tile = patches_per_task<Device>(num_rows, patch);

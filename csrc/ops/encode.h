@@ -37,11 +37,12 @@ std::tuple<Tensor, Tensor> encode(const Tensor& ids, const Tensor& tables, std::
       "encode: norm must be [H] in the accumulation type, latent [2 L, H] and latent_bias [2 L] of tables' dtype");
 
   Guard<Device> guard(ids);
-  Tensor ids_ = as_contiguous(ids), tables_ = as_contiguous(tables), norm_ = as_contiguous(norm);
-  Tensor latent_ = as_contiguous(latent), latent_bias_ = as_contiguous(latent_bias);
-  Tensor squeeze_ = folded ? tables_ : as_contiguous(*squeeze),
-         squeeze_bias_ = folded ? norm_ : as_contiguous(*squeeze_bias);
-  const MlpLayers token_mlps(token_layers, type, size, "encode"), patch_mlps(patch_layers, type, size, "encode");
+  Tensor ids_ = guard.contiguous(ids), tables_ = guard.contiguous(tables), norm_ = guard.contiguous(norm);
+  Tensor latent_ = guard.contiguous(latent), latent_bias_ = guard.contiguous(latent_bias);
+  Tensor squeeze_ = folded ? tables_ : guard.contiguous(*squeeze),
+         squeeze_bias_ = folded ? norm_ : guard.contiguous(*squeeze_bias);
+  const MlpLayers token_mlps(token_layers, type, size, guard, "encode"),
+      patch_mlps(patch_layers, type, size, guard, "encode");
   Tensor mean = allocate(tables, {num_rows, latent_size}), log_std = allocate(tables, {num_rows, latent_size});
 
   const int64_t tile = patches_per_task<Device>(num_rows, folded ? 1 : patch), tokens = folded ? 0 : tile * patch;

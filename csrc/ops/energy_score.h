@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> energy_score(const Te
   STD_TORCH_CHECK(num_targets >= 1, "energy_score: num_targets must be at least 1");
 
   Guard<Device> guard(x);
-  Tensor x_ = as_contiguous(x), mean_ = as_contiguous(mean), log_std_ = as_contiguous(log_std),
-         rows_ = as_contiguous(rows);
+  Tensor x_ = guard.contiguous(x), mean_ = guard.contiguous(mean), log_std_ = guard.contiguous(log_std),
+         rows_ = guard.contiguous(rows);
   Tensor score = allocate(x, {num_rows}, wide), diversity = allocate(x, {num_rows}, wide);
   Tensor fidelity = allocate(x, {num_rows}, wide);
   Tensor grad_x = need_grad_x ? allocate(x, {num_draws, num_rows, size}) : allocate(x, {0});
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> energy_score(const Te
     launch(guard.device(), EnergyScore<T>{.x = input<T>(x_),
                                           .mean = input<Wide>(mean_),
                                           .log_std = input<Wide>(log_std_),
-                                          .seed = input<int64_t>(seed),
+                                          .seed = input<int64_t>(guard.checked(seed)),
                                           .rows = input<int64_t>(rows_),
                                           .score = output<Wide>(score),
                                           .diversity = output<Wide>(diversity),

@@ -105,8 +105,9 @@ Tensor linear_argmax(const Tensor& hidden, const Tensor& weight, std::optional<T
   STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "linear_argmax: hidden and weight must have one dtype");
   Guard<Device> guard(hidden);
   Tensor id = allocate(hidden, {hidden.size(0)}, ScalarType::Long);
+  if (screen) guard.checked(*screen);
   if (hidden.size(0) > 0) {
-    find_argmax(guard.device(), as_contiguous(hidden), as_contiguous(weight), screen, id);
+    find_argmax(guard.device(), guard.contiguous(hidden), guard.contiguous(weight), screen, id);
   }
   return id;
 }
@@ -117,7 +118,7 @@ inline Tensor screen_vocabulary(const Tensor& weight) {
                   "screen_vocabulary: weight must be [V, H] with V > 0 and H up to 32768");
   STD_TORCH_CHECK(weight.scalar_type() != ScalarType::Double, "screen_vocabulary: weight must be no double");
   const Guard<Cpu> guard(weight);
-  const Tensor weight_ = as_contiguous(weight);
+  const Tensor weight_ = guard.contiguous(weight);
   const PanelSizes sizes = panel_sizes(guard.device(), weight.size(0), weight.size(1));
   Tensor panels = allocate(weight, {sizes.num_panels, sizes.panel_bytes}, ScalarType::Char);
   dispatch<Cpu>(weight.scalar_type(), "screen_vocabulary", [&](auto element) {

@@ -27,7 +27,8 @@ int64_t patches_per_task(int64_t num_rows, int64_t rows_of_patch) {
 // Layers of norm [H] in the accumulation type, gate [I, H], up [I, H] and down [H, I].
 class MlpLayers {
  public:
-  MlpLayers(const std::vector<Tensor>& weights, ScalarType type, int64_t size, const char* op) : size_(size) {
+  MlpLayers(const std::vector<Tensor>& weights, ScalarType type, int64_t size, const Operands& operands, const char* op)
+      : size_(size) {
     STD_TORCH_CHECK(weights.size() % 4 == 0, op, ": a layer has four weights");
     for (size_t i = 0; i < weights.size(); i += 4) {
       const int64_t intermediate = weights[i + 1].size(0);
@@ -38,7 +39,7 @@ class MlpLayers {
                       op, ": a layer must have norm [H], gate and up [I, H] and down [H, I], of one dtype");
       widest_ = std::max(widest_, intermediate);
     }
-    for (const Tensor& weight : weights) weights_.push_back(as_contiguous(weight));
+    for (const Tensor& weight : weights) weights_.push_back(operands.contiguous(weight));
   }
 
   int64_t scratch(int64_t rows) const { return weights_.empty() ? 0 : gated_mlp_scratch(rows, size_, widest_); }

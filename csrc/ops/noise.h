@@ -14,12 +14,12 @@ Tensor noise(const Tensor& seed, const Tensor& rows, int64_t num_draws, int64_t 
   STD_TORCH_CHECK(num_draws >= 0 && length >= 0 && length < int64_t{1} << 26 && stream >= 0 && stream < 256,
                   "noise: num_draws, length below 2^26 and stream below 256 must not be negative");
   Guard<Device> guard(rows);
-  Tensor rows_ = as_contiguous(rows);
+  Tensor rows_ = guard.contiguous(rows);
   Tensor out =
       allocate(rows, {num_draws, rows.size(0), length}, double_precision ? ScalarType::Double : ScalarType::Float);
   auto run = [&](auto element) {
     using T = decltype(element);
-    launch(guard.device(), Noise<T>{.seed = input<int64_t>(seed),
+    launch(guard.device(), Noise<T>{.seed = input<int64_t>(guard.checked(seed)),
                                     .rows = input<int64_t>(rows_),
                                     .out = output<T>(out),
                                     .num_draws = num_draws,

@@ -334,9 +334,10 @@ std::tuple<Tensor, std::vector<Tensor>> sample_latents_backward(const Tensor& gr
       "sample_latents_backward: expected grad_latents [S, R, L] and what sample_latents kept of these arguments");
 
   Guard<Device> guard(hidden);
-  Tensor grad_latents_ = as_contiguous(grad_latents), hidden_ = as_contiguous(hidden), seed_ = as_contiguous(seed);
-  Tensor rows_ = as_contiguous(rows), products_ = as_contiguous(products), stream_ = as_contiguous(stream);
-  Tensor contexts_ = as_contiguous(contexts), grad_hidden = allocate(hidden, {num_rows, size});
+  Tensor grad_latents_ = guard.contiguous(grad_latents), hidden_ = guard.contiguous(hidden),
+         seed_ = guard.contiguous(seed);
+  Tensor rows_ = guard.contiguous(rows), products_ = guard.contiguous(products), stream_ = guard.contiguous(stream);
+  Tensor contexts_ = guard.contiguous(contexts), grad_hidden = allocate(hidden, {num_rows, size});
   std::vector<Tensor> grads;
   for (const Tensor& weight : head.tensors()) {
     if (need_grad_weights) grads.push_back(allocate(weight, weight.sizes()));

@@ -16,12 +16,12 @@ Tensor select_patch(const Tensor& tokens, const Tensor& seed, const Tensor& rows
                   "select_patch: rows must be [B] int64");
   STD_TORCH_CHECK(n >= 1, "select_patch: n must be at least 1");
   Guard<Device> guard(tokens);
-  Tensor tokens_ = as_contiguous(tokens), rows_ = as_contiguous(rows);
+  Tensor tokens_ = guard.contiguous(tokens), rows_ = guard.contiguous(rows);
   Tensor index = allocate(tokens, {num_rows}, ScalarType::Long);
   std::optional<Tensor> workspace;
   if (std::is_same_v<Device, Cuda>) workspace = allocate(tokens, {num_rows * pool}, ScalarType::Double);
   launch(guard.device(), SelectPatch{.tokens = input<int64_t>(tokens_),
-                                     .seed = input<int64_t>(seed),
+                                     .seed = input<int64_t>(guard.checked(seed)),
                                      .rows = input<int64_t>(rows_),
                                      .workspace = workspace ? output<double>(*workspace) : nullptr,
                                      .index = output<int64_t>(index),

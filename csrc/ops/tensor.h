@@ -11,6 +11,7 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <utility>
 
 #include "common/device.h"
 #include "common/types.h"
@@ -49,13 +50,8 @@ T* output(const Tensor& tensor) {
   return reinterpret_cast<T*>(tensor.mutable_data_ptr<typename TorchType<T>::type>());
 }
 
-// The stable ABI reaches contiguous and new_empty by their names, at a microsecond or two a call; these two ask
-// directly, for ops that have many tensors or take little longer themselves.
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-// An uninitialised contiguous tensor on the device of `like`, and of its type unless another is given.
+// An uninitialised contiguous tensor on the device of `like`, and of its type unless another is given. The stable ABI
+// reaches new_empty by its name, at a microsecond or two a call; this asks directly.
 inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                        std::optional<ScalarType> type = {}) {
   constexpr size_t kMaxDimensions = 3;
@@ -105,26 +101,51 @@ inline void parallel_for(int64_t count, int64_t grain, Cpu::Body body, const voi
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
+// The tensors of one call, which must share a device: a kernel that was handed another's memory would read garbage or
+// end the process.
+class Operands {
+ public:
+  explicit Operands(const Tensor& first) : place_(place(first)) {}
+
+  const Tensor& checked(const Tensor& tensor) const {
+    STD_TORCH_CHECK(place(tensor) == place_, "calm_rt: all tensors of a call must be on one device");
+    return tensor;
+  }
+
+  Tensor contiguous(const Tensor& tensor) const {
+    return checked(tensor).is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
+
+ private:
+  static std::pair<int32_t, int32_t> place(const Tensor& tensor) {
+    int32_t type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    return {type, tensor.get_device_index()};
+  }
+
+  std::pair<int32_t, int32_t> place_;
+};
+
 // Makes the tensor's device current for as long as it lives and knows what a launch needs.
 template <class Device>
 struct Guard;
 
 template <>
-struct Guard<Cpu> {
-  explicit Guard(const Tensor&) {}
+struct Guard<Cpu> : Operands {
+  using Operands::Operands;
   Cpu device() const { return {parallel_for}; }
 };
 
 #ifdef CALM_RT_SIMULATOR
 template <>
-struct Guard<Cuda> {  // the simulator runs CUDA kernels on CPU tensors, in order
-  explicit Guard(const Tensor&) {}
+struct Guard<Cuda> : Operands {  // the simulator runs CUDA kernels on CPU tensors, in order
+  using Operands::Operands;
   Cuda device() const { return {nullptr}; }
 };
 #else
 template <>
-struct Guard<Cuda> {
-  explicit Guard(const Tensor& tensor) : index(tensor.get_device_index()), guard(index) {}
+struct Guard<Cuda> : Operands {
+  explicit Guard(const Tensor& tensor) : Operands(tensor), index(tensor.get_device_index()), guard(index) {}
   Cuda device() const {
     STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream, "calm_rt: this torch was built without CUDA");
     void* stream = nullptr;
