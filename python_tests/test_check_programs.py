@@ -99,6 +99,16 @@ def head_bug(name: str, old: str, new: str, report: str, build: str = "plain") -
     return Bug(name, "sample_latents.cu", old, new, report, build)
 
 
+def sums_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "column_sums.cuh", old, new, report, build, "sample_latents.cu")
+
+
+def rows_bug(
+    name: str, old: str, new: str, report: str, build: str = "plain", user: str = "gated_mlp.cu"
+) -> Bug:
+    return Bug(name, "sum_rows.cuh", old, new, report, build, user)
+
+
 def mlp_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
     return Bug(name, "gated_mlp.cu", old, new, report, build)
 
@@ -143,14 +153,30 @@ SUMS_DONE = "        products_done(sum);\n"
 LAST_READ = "        if (lane == 0) barrier_arrive(&read[last]);\n"
 BARRIERS_READY = "    __syncthreads();\n"
 
-SUMS_WRITTEN = "partial[threadIdx.x] = sum;\n  __syncthreads();\n"
+LAST_LINE = "(range + 1) * num_lines / num_ranges"
+ALL_TOGETHER = "line + (TOGETHER - 1) * step < last_line"
+LINES_LEFT = "for (; line < last_line; line += step) add(load(line));"
+RANGE_ROW = "partial[(range * COUNT + which) * columns"
+TWO_TENSORS = "column < p.size ? p.out[column] : p.rest[column - p.size]"
 VARIANCE = "rsqrtf(warp_sum(squares)"
 ROW_KNOWN = "static_cast<float>(p.size);\n  }\n  __syncthreads();\n"
 LAST_ROWS = "p.num_rows - first < kPartialRows"
 KNOWN_ID = "known && ids[j] >= 0 && ids[j] < p.vocabulary"
 
 BUGS = (
-    head_bug("sums-not-waited-for", SUMS_WRITTEN, SUMS_WRITTEN.replace(BARRIER, ""), RACE, "tsan"),
+    sums_bug("sums-not-waited-for", BARRIER, "", RACE, "tsan"),
+    sums_bug("lines-in-no-range", LAST_LINE, "(range + 1) * (num_lines / num_ranges)", WRONG),
+    sums_bug("lines-of-the-next-range", ALL_TOGETHER, "line < last_line", WRONG),
+    sums_bug("lines-left-over", LINES_LEFT, "", WRONG),
+    sums_bug("ranges-share-a-row", RANGE_ROW, "partial[which * columns", WRONG),
+    sums_bug("columns-beyond-the-last", "&& first_column + i < columns", "", "Sanitizer", "asan"),
+    head_bug("norm-without-its-bias", "value += bias.value[e];", ";", WRONG),
+    rows_bug("sums-not-waited-for", BARRIER, "", RACE, "tsan"),
+    rows_bug("a-row-left-out", "row = warp;", "row = warp + 1;", WRONG),
+    rows_bug("a-row-left-out", "row = warp;", "row = warp + 1;", WRONG, user="sample_latents.cu"),
+    rows_bug(
+        "one-tensor-of-two", TWO_TENSORS, "p.out[column]", "Sanitizer", "asan", "sample_latents.cu"
+    ),
     head_bug(
         "beyond-the-line", "i + e < size ? run.value[e] - mean : 0", "run.value[e] - mean", WRONG
     ),

@@ -11,9 +11,11 @@ from torch.utils._pytree import tree_map
 import calm_rt
 from calm_rt import inputs, official, ops, reference
 from calm_rt.reference import HEAD_EPS, Stream
-from calm_rt.testing import CASES
+from calm_rt.testing import CASES, Case
 
 LAW_CASES = [case for case in CASES if case.op == "sample_latents" and not case.benchmark]
+# lines enough for sums over several ranges of them
+MANY_LINES = Case("sample_latents", "R70-H16-S4", lambda: inputs.sample_latents(70, 16, 4))
 SEED = torch.tensor(3)
 
 
@@ -44,7 +46,7 @@ def test_draws_belong_to_their_row(rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", LAW_CASES, ids=str)
+@pytest.mark.parametrize("case", [*LAW_CASES, MANY_LINES], ids=str)
 def test_simulated_sample_latents(simulator, case, dtype: torch.dtype) -> None:  # noqa: F811
     """Draws and gradients miss no more than twice what the CPU's kernels miss, and a few eps."""
     arguments = doubles(case.make(dtype))

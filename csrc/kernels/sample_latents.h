@@ -112,6 +112,33 @@ struct BiasSwiGluBackward {
   int64_t size;  // H
 };
 
+// How blocks of a GPU share out a sum over lines, by shapes alone: columns, and ranges of lines where the columns make
+// too few blocks. More than one range leave a row of partial sums each, which are added in their order.
+struct LineShares {
+  static constexpr int64_t kThreads = 256, kColumnsOfThread = 8;
+  static constexpr int64_t kBlocks = 1024, kMostRanges = 256;  // several blocks for a multiprocessor, few rows to add
+  static constexpr int64_t kNarrow = 64, kWide = 256;          // columns of a block whose threads share lines
+  static constexpr int64_t kWidest = kThreads * kColumnsOfThread;  // of a block whose threads share none
+  static constexpr int64_t kLinesOfThread = 4;                     // below which ranges are not worth their row
+  static constexpr int64_t kMostSums = kBlocks * kWide;            // num_ranges * columns where there is more than one
+
+  int64_t block_columns;
+  int64_t tiles;  // blocks beside each other
+  int64_t num_ranges;
+
+  LineShares(int64_t num_lines, int64_t columns) : block_columns(kNarrow), num_ranges(1) {
+    while (block_columns < kWide && block_columns < columns) block_columns *= 2;
+    if (columns >= kMostRanges * kWidest) block_columns = kWidest;  // blocks enough without ranges
+    tiles = (columns + block_columns - 1) / block_columns;
+    if (tiles == 0 || block_columns == kWidest) return;
+    const int64_t least_lines = kLinesOfThread * kWidest / block_columns;
+    num_ranges = num_lines / least_lines;
+    if (num_ranges > kBlocks / tiles) num_ranges = kBlocks / tiles;
+    if (num_ranges > kMostRanges) num_ranges = kMostRanges;
+    if (num_ranges < 1) num_ranges = 1;
+  }
+};
+
 // The sum of all lines: a bias's gradient, or [S, R H] over the draws.
 template <class T>
 struct ColumnSums {
@@ -119,6 +146,7 @@ struct ColumnSums {
   T* out;      // [columns]
   int64_t num_lines;
   int64_t columns;
+  AccumulateType<T>* partial;  // [ranges, columns] if LineShares has several, on a GPU
 };
 
 // The gradients of a norm's weight and bias.
@@ -129,7 +157,8 @@ struct NormGradients {
   const Grad* grad;                     // [lines, H], of the norm's output
   AccumulateType<T>*weight, *bias;      // [H]
   int64_t num_lines;
-  int64_t size;  // H
+  int64_t size;                // H
+  AccumulateType<T>* partial;  // [ranges, 2, H] if LineShares has several, on a GPU
 };
 
 // T of float, double, bfloat16, half; Out and Grad of T or the accumulation type. On Cuda without double.

@@ -33,6 +33,7 @@ class HeadBackward {
     planes_ = allocate(hidden, {(kNarrow ? Planes::kCount : Planes::kStream) * num_lines * size_});
     wide_planes_ = allocate(hidden, {2 * num_lines * size_}, wide);
     statistics_ = allocate(hidden, {2 * std::max(num_lines, inputs.num_rows)}, wide);
+    partial_ = allocate(hidden, {std::is_same_v<Device, Cpu> ? 0 : 2 * LineShares::kMostSums}, wide);
     noise_ = allocate(hidden, {num_lines * weights.noise_size()});
     row_planes_ = allocate(hidden, {3 * inputs.num_rows * size_});
     torch::stable::fill_(row_planes_, 0);  // what a head without blocks gives to its context
@@ -126,9 +127,9 @@ class HeadBackward {
     weight_product(~grad, noise, grad_matrix(weights_.kNoise));
     run_products();
     bias(grad, weights_.kNoise);
-    launch(device_, NormGradients<T, Wide>{input, output<Wide>(statistics_), wide(turn_, 0),
-                                           output<Wide>(grads_[weights_.kNoiseNorm]),
-                                           output<Wide>(grads_[weights_.kNoiseNorm + 1]), num_lines_, size_});
+    launch(device_, NormGradients<T, Wide>{
+                        input, output<Wide>(statistics_), wide(turn_, 0), output<Wide>(grads_[weights_.kNoiseNorm]),
+                        output<Wide>(grads_[weights_.kNoiseNorm + 1]), num_lines_, size_, output<Wide>(partial_)});
   }
 
   // The gradient of every block's half to hidden [R, H].
@@ -156,9 +157,10 @@ class HeadBackward {
     weight_product(~grad, Matrix<T>{hidden, num_rows, size_}, grad_matrix(weights_.kHidden));
     run_products();
     bias(grad, weights_.kHidden);
-    launch(device_, NormGradients<T>{input, output<Wide>(statistics_), rows(kGradContext).data,
-                                     output<Wide>(grads_[weights_.kHiddenNorm]),
-                                     output<Wide>(grads_[weights_.kHiddenNorm + 1]), num_rows, size_});
+    launch(device_,
+           NormGradients<T>{input, output<Wide>(statistics_), rows(kGradContext).data,
+                            output<Wide>(grads_[weights_.kHiddenNorm]), output<Wide>(grads_[weights_.kHiddenNorm + 1]),
+                            num_rows, size_, output<Wide>(partial_)});
   }
 
  private:
@@ -259,7 +261,7 @@ class HeadBackward {
     const int64_t num_rows = inputs_.num_rows, columns = num_rows * size_;
     if (num_rows == 0) return;
     launch(device_, ColumnSums<T>{plane(Planes::kFirst).data, const_cast<T*>(rows(kGradHalf).data),
-                                  num_lines_ / num_rows, columns});
+                                  num_lines_ / num_rows, columns, output<Wide>(partial_)});
     each_tile<Device, T>(num_rows, head_tile<Device>(num_rows, size_, sizeof(T)), like_,
                          [&](int64_t row, int64_t count, int64_t, const auto& product) {
                            auto part = [&](int64_t index) {
@@ -291,13 +293,15 @@ class HeadBackward {
   }
 
   void bias(const Matrix<T>& grad, int64_t index) const {
-    launch(device_, ColumnSums<T>{grad.data, output<T>(grads_[index + 1]), grad.rows, grad.columns});
+    launch(device_,
+           ColumnSums<T>{grad.data, output<T>(grads_[index + 1]), grad.rows, grad.columns, output<Wide>(partial_)});
   }
 
   void norm_gradients(int64_t block) const {
     const int64_t index = weights_.norm(block);
     launch(device_, NormGradients<T>{of_stream(block, 0), output<Wide>(statistics_), plane(Planes::kGradNormal).data,
-                                     output<Wide>(grads_[index]), output<Wide>(grads_[index + 1]), num_lines_, size_});
+                                     output<Wide>(grads_[index]), output<Wide>(grads_[index + 1]), num_lines_, size_,
+                                     output<Wide>(partial_)});
   }
 
   Device device_;
@@ -306,7 +310,7 @@ class HeadBackward {
   int64_t num_lines_, size_ = weights_.size(), turn_ = 0;
   const Tensor& like_;
   std::vector<Tensor>& grads_;
-  Tensor planes_, wide_planes_, statistics_, noise_, row_planes_;
+  Tensor planes_, wide_planes_, statistics_, partial_, noise_, row_planes_;
   const T *products_, *contexts_;
   const Wide* stream_;
   std::vector<Product> coming_;

@@ -109,6 +109,22 @@ void check_norm(int64_t rows, int64_t size, const char* kernel) {
   }
 }
 
+void check_sum_rows(int64_t rows, int64_t size, const char* kernel) {
+  const auto in = random_values<float>(rows * size);
+  std::vector<float> first;
+  for (uint32_t schedule = 0; schedule < kSchedules; ++schedule) {
+    simulator::set_schedule(schedule);
+    std::vector<float> out(size, NAN);
+    launch(Cuda{}, SumRows<float>{in.data(), out.data(), rows, size});
+    check_same(out, first, schedule, "the sum of rows differs under schedule", kernel);
+    check_values(out, "sum of rows", kernel, static_cast<double>(rows), [&](int64_t i) {
+      double total = 0;
+      for (int64_t r = 0; r < rows; ++r) total += in[r * size + i];
+      return total;
+    });
+  }
+}
+
 }  // namespace
 
 void check_gated_mlp() {
@@ -119,6 +135,9 @@ void check_gated_mlp() {
   check_norm<float, bfloat16>(33, 24, "rms_norm float, bfloat16");
   check_norm<bfloat16, bfloat16>(5, 300, "rms_norm bfloat16");
   check_norm<half, half>(3, 13, "rms_norm half");
+  check_sum_rows(300, 40, "sum_rows");
+  check_sum_rows(17, 1, "sum_rows");
+  check_sum_rows(0, 33, "sum_rows");
 }
 
 }  // namespace calm_rt

@@ -138,6 +138,12 @@ struct Inputs {
   }
 };
 
+// A row for every range of lines, if there are several.
+std::vector<float> partial_sums(int64_t lines, int64_t columns, int64_t count) {
+  const int64_t num_ranges = LineShares(lines, columns).num_ranges;
+  return std::vector<float>(num_ranges > 1 ? num_ranges * count * columns : 0);
+}
+
 template <class T, class Wide>
 void check_norm(const Inputs<T>& inputs, bool with_sum, const char* kernel) {
   const int64_t lines = inputs.shape.lines, size = inputs.shape.size, count = lines * size;
@@ -147,6 +153,7 @@ void check_norm(const Inputs<T>& inputs, bool with_sum, const char* kernel) {
   Output<Wide> out(count);
   Output<float> sum(with_sum ? count : 0), stream(count), statistics(2 * lines), grad_weight(size), grad_bias(size);
   Output<T> narrow(count);
+  std::vector<float> partial = partial_sums(lines, size, 2);
   each_schedule(
       kernel,
       [&] {
@@ -154,8 +161,9 @@ void check_norm(const Inputs<T>& inputs, bool with_sum, const char* kernel) {
                                           bias.data(), out.data(), lines, size, kEps});
         launch(Cuda{}, LayerNormBackward<T, Wide>{inputs.pointers(), weight.data(), grad.data(), residual.data(),
                                                   stream.data(), narrow.data(), statistics.data(), lines, size, kEps});
+        std::fill(partial.begin(), partial.end(), NAN);
         launch(Cuda{}, NormGradients<T, Wide>{inputs.pointers(), statistics.value.data(), grad.data(),
-                                              grad_weight.data(), grad_bias.data(), lines, size});
+                                              grad_weight.data(), grad_bias.data(), lines, size, partial.data()});
       },
       out, sum, stream, narrow, statistics, grad_weight, grad_bias);
   std::vector<double> weight_total(size), bias_total(size), weight_magnitude(size), bias_magnitude(size);
@@ -205,7 +213,14 @@ template <class T>
 void check_column_sums(const Shape& shape, const char* kernel) {
   const std::vector<T> x = random_values<T>(shape.lines * shape.size);
   Output<T> out(shape.size);
-  each_schedule(kernel, [&] { launch(Cuda{}, ColumnSums<T>{x.data(), out.data(), shape.lines, shape.size}); }, out);
+  std::vector<float> partial = partial_sums(shape.lines, shape.size, 1);
+  each_schedule(
+      kernel,
+      [&] {
+        std::fill(partial.begin(), partial.end(), NAN);
+        launch(Cuda{}, ColumnSums<T>{x.data(), out.data(), shape.lines, shape.size, partial.data()});
+      },
+      out);
   for (int64_t j = 0; j < shape.size; ++j) {
     double total = 0;
     for (int64_t line = 0; line < shape.lines; ++line) total += widen(x[line * shape.size + j]);
@@ -222,14 +237,41 @@ void check_all(const char* kernel) {
     check_column_sums<T>(shape, kernel);
   }
   check_column_sums<T>({0, 5}, kernel);
+  // several ranges of lines: 2 of unequal length, 3 for the narrowest blocks, 2 for two blocks of columns
+  for (const Shape& shape : {Shape{257, 24}, Shape{385, 7}, Shape{67, 261}}) {
+    check_norms<T>(shape, kernel);
+    check_column_sums<T>(shape, kernel);
+  }
+  check_column_sums<T>({300, 520}, kernel);
+}
+
+// Shapes alone say how a sum is shared out, and what the op sets aside is enough.
+void check_shares() {
+  const char* kernel = "shares of lines";
+  for (const int64_t columns : {0, 1, 63, 64, 65, 128, 512, 1000, 1024, 2048, 5000, 1 << 19, 1 << 23}) {
+    for (const int64_t lines : {0, 1, 31, 64, 127, 1024, 8191, 65504, 1 << 24}) {
+      const LineShares shares(lines, columns);
+      check(shares.tiles * shares.block_columns >= columns, "columns", kernel, lines, shares.tiles, columns);
+      check(shares.num_ranges >= 1 && shares.num_ranges <= std::max<int64_t>(lines, 1), "ranges", kernel, columns,
+            shares.num_ranges, lines);
+      check(shares.num_ranges == 1 || shares.num_ranges * columns <= LineShares::kMostSums, "sums", kernel, columns,
+            shares.num_ranges, LineShares::kMostSums);
+    }
+  }
+  for (const int64_t size : {512, 1024, 2048}) {  // four blocks for each of 132 multiprocessors, of 65,504 lines
+    const LineShares shares(65504, size);
+    check(shares.num_ranges * shares.tiles >= (size < 1024 ? 512 : 1024), "blocks", kernel, size, shares.num_ranges, 0);
+  }
 }
 
 }  // namespace
 
 void check_sample_latents() {
+  check_shares();
   check_all<float>("sample_latents float");
   check_all<bfloat16>("sample_latents bfloat16");
   check_all<half>("sample_latents half");
+  check_column_sums<bfloat16>({5, (1 << 19) + 8}, "sample_latents bfloat16, columns enough");
 }
 
 }  // namespace calm_rt

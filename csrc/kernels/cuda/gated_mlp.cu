@@ -5,6 +5,7 @@
 // rms_norm_backward_kernel: a block owns kPartialRows rows; its warps find what a row needs to know of itself, then its
 // threads take columns, so that a column's sum over the rows is one thread's.
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/sum_rows.cuh"
 #include "kernels/gated_mlp.h"
 
 namespace calm_rt {
@@ -123,15 +124,6 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(RmsNormBack
   }
 }
 
-__global__ void __launch_bounds__(kThreads) sum_rows_kernel(SumRows<float> p) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < p.size; i += stride) {
-    float total = 0;
-    for (int64_t r = 0; r < p.num_rows; ++r) total += p.in[r * p.size + i];
-    p.out[i] = total;
-  }
-}
-
 }  // namespace
 
 template <class X, class T>
@@ -180,7 +172,7 @@ void launch(Cuda device, const RmsNormBackward<X, T>& p) {
 template <>
 void launch(Cuda device, const SumRows<float>& p) {
   if (p.size == 0) return;
-  launch_kernel("sum_rows_kernel", sum_rows_kernel, grid_size(p.size, kThreads, kMaxBlocks), kThreads, device, p);
+  sum_rows(device, PartialRows<float>{p.in, p.out, nullptr, p.num_rows, p.size, p.size});
 }
 
 #define CALM_INSTANTIATE(X, T)                          \

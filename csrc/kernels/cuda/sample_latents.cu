@@ -4,8 +4,8 @@
 // layer_norm_kernel and its backward: a warp owns a line, a lane eight consecutive elements at a time; what is read
 // more than once comes from L1.
 // add_silu_kernel, bias_swiglu_kernel and their backwards: a thread owns eight elements of a line.
-// column_sums_kernel, norm_gradients_kernel: a block owns 32 columns and its warps share out the lines; their sums are
-// added in the order of the warps.
+// column_sums_kernel, norm_gradients_kernel: blocks share out columns and ranges of lines (column_sums.cuh).
+#include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/random.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/sample_latents.h"
@@ -238,50 +238,43 @@ __global__ void __launch_bounds__(kThreads) bias_swiglu_backward_kernel(BiasSwiG
   });
 }
 
-// The sum of value(line, column) over all lines, known to the first warp, for the lanes' columns. Each
-// value's type has partial sums of its own, so that two calls need no barrier between them.
-template <class Value>
-__device__ __forceinline__ float sum_lines(int64_t num_lines, int64_t column, int64_t columns, const Value& value) {
-  CALM_SHARED(float, partial, kThreads);
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  float sum = 0;
-  if (column < columns) {
-    for (int64_t line = warp; line < num_lines; line += kWarps) sum += value(line, column);
-  }
-  partial[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp > 0) return 0;
-  for (int other = 1; other < kWarps; ++other) sum += partial[other * kWarpSize + lane];
-  return sum;
-}
+// What norm_gradients_kernel may count on, to read several lines at once: in packs, x alone, or no x but a product.
+enum class Terms { kAny, kStream, kProduct };
 
-// This thread's column, which may lie beyond all of them.
-__device__ __forceinline__ int64_t own_column() { return blockIdx.x * int64_t{kWarpSize} + threadIdx.x % kWarpSize; }
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums<T> p) {
-  const int64_t column = own_column();
-  const float sum = sum_lines(p.num_lines, column, p.columns,
-                              [&](int64_t line, int64_t own) { return widen(p.x[line * p.columns + own]); });
-  if (threadIdx.x < kWarpSize && column < p.columns) narrow(sum, p.out[column]);
-}
-
-template <class T, class Grad>
-__global__ void __launch_bounds__(kThreads) norm_gradients_kernel(NormGradients<T, Grad> p) {
-  const int64_t column = own_column();
-  const float weight = sum_lines(p.num_lines, column, p.size, [&](int64_t line, int64_t own) {
-    const int64_t i = line * p.size + own;
-    float value = p.input.x ? p.input.x[i] : 0;
-    if (p.input.product) value += widen(p.input.product[i]);
-    if (p.input.bias) value += widen(p.input.bias[own]);
-    return widen(p.grad[i]) * ((value - p.statistics[2 * line]) * p.statistics[2 * line + 1]);
-  });
-  const float bias = sum_lines(p.num_lines, column, p.size,
-                               [&](int64_t line, int64_t own) { return widen(p.grad[line * p.size + own]); });
-  if (threadIdx.x < kWarpSize && column < p.size) {
-    p.weight[column] = weight;
-    p.bias[column] = bias;
-  }
+template <class T, class Grad, Terms TERMS>
+__global__ void __launch_bounds__(kSumThreads, TERMS == Terms::kAny ? 1 : kSumBlocks)
+    norm_gradients_kernel(NormGradients<T, Grad> p, LineShares shares) {
+  struct Line {
+    Run<kEight> input, grad;
+    float mean, inverse;
+  };
+  constexpr bool kPacked = TERMS != Terms::kAny;
+  const SumShare share(shares, p.num_lines, p.size);
+  const int64_t column = share.own_column();
+  Run<kEight> bias{};
+  if (TERMS == Terms::kProduct && p.input.bias) bias = load_run<kEight>(p.input.bias, column, p.size, kPacked);
+  const auto load = [&](const auto* lines, int64_t line) {
+    return load_run<kEight>(lines + line * p.size, column, p.size, kPacked);
+  };
+  float sum[2][kEight] = {};
+  share.each_line<kPacked ? 2 : 1>(
+      [&](int64_t line) {
+        Run<kEight> input;
+        if constexpr (TERMS == Terms::kAny) input = load_input(p.input, line, column, p.size, kPacked);
+        if constexpr (TERMS == Terms::kStream) input = load(p.input.x, line);
+        if constexpr (TERMS == Terms::kProduct) input = load(p.input.product, line);
+        return Line{input, load(p.grad, line), p.statistics[2 * line], p.statistics[2 * line + 1]};
+      },
+      [&](const Line& line) {
+#pragma unroll
+        for (int e = 0; e < kEight; ++e) {
+          float value = line.input.value[e];
+          if (TERMS == Terms::kProduct) value += bias.value[e];
+          sum[0][e] += line.grad.value[e] * ((value - line.mean) * line.inverse);
+          sum[1][e] += line.grad.value[e];
+        }
+      });
+  share.store(sum, {p.weight, p.bias}, p.partial);
 }
 
 // Whether every tensor of lines of `size` can be read and written as packs of eight.
@@ -356,15 +349,29 @@ void launch(Cuda device, const BiasSwiGluBackward<T>& p) {
 template <class T>
 void launch(Cuda device, const ColumnSums<T>& p) {
   if (p.columns == 0) return;
-  launch_kernel("column_sums_kernel", column_sums_kernel<T>, grid_size(p.columns, kWarpSize, INT32_MAX), kThreads,
-                device, p);
+  const LineShares shares(p.num_lines, p.columns);
+  launch_kernel("column_sums_kernel",
+                all_packed(p.columns, p.x) ? column_sums_kernel<T, true> : column_sums_kernel<T, false>,
+                grid_size(shares.num_ranges * shares.tiles, 1, INT32_MAX), kSumThreads, device, p, shares);
+  if (shares.num_ranges > 1) {
+    sum_rows(device, PartialRows<T>{p.partial, p.out, nullptr, shares.num_ranges, p.columns, p.columns});
+  }
 }
 
 template <class T, class Grad>
 void launch(Cuda device, const NormGradients<T, Grad>& p) {
   if (p.size == 0) return;
-  launch_kernel("norm_gradients_kernel", norm_gradients_kernel<T, Grad>, grid_size(p.size, kWarpSize, INT32_MAX),
-                kThreads, device, p);
+  const LineShares shares(p.num_lines, p.size);
+  auto kernel = norm_gradients_kernel<T, Grad, Terms::kAny>;
+  if (all_packed(p.size, p.input) && all_packed(p.size, p.grad)) {
+    if (!p.input.product && !p.input.bias) kernel = norm_gradients_kernel<T, Grad, Terms::kStream>;
+    if (!p.input.x) kernel = norm_gradients_kernel<T, Grad, Terms::kProduct>;
+  }
+  launch_kernel("norm_gradients_kernel", kernel, grid_size(shares.num_ranges * shares.tiles, 1, INT32_MAX), kSumThreads,
+                device, p, shares);
+  if (shares.num_ranges > 1) {
+    sum_rows(device, PartialRows<float>{p.partial, p.weight, p.bias, shares.num_ranges, 2 * p.size, p.size});
+  }
 }
 
 #define CALM_INSTANTIATE(T)                                   \
