@@ -48,6 +48,11 @@ BUGS = {
     "missing_num_samples": Bug(
         (), ALL_MODELS[1:], "num_samples was never set; taken from the configuration"
     ),
+    "loss_kwargs": Bug(
+        (),
+        official_models.KINDS,
+        "Trainer left the loss undivided by its accumulation steps; accepts_loss_kwargs is False",
+    ),
     "bf16_embeddings": Bug(
         ("autoencoder_loss", "encoder_target"),
         official_models.KINDS,
@@ -295,7 +300,12 @@ def _set(state: Patch, module: nn.Module, name: str, value: Any) -> None:
 def _cure(model: nn.Module, state: Patch, report: PatchReport) -> None:
     """Cures the bugs that need no switch."""
     kind = state.official.__name__
-    for name, cure in {"tied_embedding": _tie, "missing_num_samples": _give_num_samples}.items():
+    cures = {
+        "tied_embedding": _tie,
+        "missing_num_samples": _give_num_samples,
+        "loss_kwargs": _refuse_loss_kwargs,
+    }
+    for name, cure in cures.items():
         if kind not in BUGS[name].kinds:
             continue
         if name in state.keep_bugs:
@@ -328,6 +338,16 @@ def _give_num_samples(model: nn.Module, state: Patch) -> tuple[bool, str | None]
     if missing:
         _set(state, model, "num_samples", model.config.num_samples)
     return missing, None
+
+
+def _refuse_loss_kwargs(model: nn.Module, state: Patch) -> tuple[bool, str | None]:
+    """Trainer takes **kwargs of a forward for a division by num_items_in_batch."""
+    if hasattr(model, "accepts_loss_kwargs"):
+        return False, None  # somebody knows better
+    if reason := _foreign(model, "forward", state.official):
+        return False, reason
+    _set(state, model, "accepts_loss_kwargs", False)
+    return True, None
 
 
 def _fold(model: nn.Module, state: Patch, report: PatchReport) -> None:
