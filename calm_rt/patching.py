@@ -27,7 +27,7 @@ SWITCHES = {
     "head_sampling": "sample_latents, contexts not repeated",
     "temperature_sampling": "decode and select_patch, no logits, nothing on the host",
     "eval_brier": "all pairs of draws, decoded without logits",
-    "generate": "calm_rt.Generator",
+    "generate": "calm_rt.Generator, which refuses lengths beyond max_position_embeddings",
 }
 
 

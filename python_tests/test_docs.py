@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from official_standin import build
+from official_standin import build, token_ids
 from test_benchmark import LIMITS, TINY
 
 import calm_rt
@@ -82,6 +82,7 @@ def test_python_blocks_run_in_order(page: Path, here: Path) -> None:
         "hidden": torch.randn(4, 8),
         "weight": torch.randn(20, 8),
         "official_model": build("EnergyTransformer"),
+        "prompt_ids": token_ids(),
     }
     for text in blocks(page, "python"):
         exec(compile(text, str(page), "exec"), names)
