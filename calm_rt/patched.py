@@ -37,6 +37,7 @@ class Patch:
     """What is replaced in a model, and what stands in for it."""
 
     official: type  # the class whose methods are replaced
+    kind: str  # its official name
     output: type | None = None  # of what forward returns
     autoencoder: Autoencoder | None = None  # views, see official_models
     head: EnergyHead | None = None
