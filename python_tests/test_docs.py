@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^(?:\w+=\S+ )*(?:make|calm-rt|python|pip|torchrun|pytest) .*", re.MULTILINE)
+SCREEN = 60  # lines of README
 NOT_RUN = {  # lines without their comments
     "make quickstart": "takes minutes; test_cli.py runs the command on a small corpus",
     "make test": "runs this test",
@@ -124,6 +125,27 @@ def test_page_of_the_ops_is_what_the_docstrings_say() -> None:
     spec.loader.exec_module(generate)
     assert (ROOT / "docs" / "ops.md").read_text() == generate.page(), "run make docs"
     assert all(f"## {name}\n" in generate.page() for name in ops.__all__)
+
+
+def test_readme_is_one_screen() -> None:
+    """And says first what the energy score is, then how to put it in, run it, what it gives."""
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= SCREEN
+    parts = (
+        "score = mean |",
+        "```diff",
+        "## Two commands",
+        "make quickstart",
+        "\n| op |",
+        "csrc/ ",
+    )
+    places = [text.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places), places
+    rows = re.findall(r"^\| `.*$", text, re.MULTILINE)
+    measured = (ROOT / "docs" / "performance.md").read_text()
+    assert len(rows) == 3
+    for row in rows:  # the same figures on the page that has all
+        assert row.rstrip("* |") in measured, row
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
