@@ -6,6 +6,7 @@ anything, as to what it would call on what.
 """
 
 import pickletools
+import struct
 import zipfile
 from pathlib import Path
 
@@ -26,6 +27,7 @@ PLAIN = set(
 )
 FILLING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS"}  # what lies below stays
 MARK = "mark"
+END, LARGE_END = 22, 98  # bytes of what ends an archive's directory, without and with 64-bit sizes
 
 
 def check_archive(path: Path) -> None:
@@ -37,6 +39,7 @@ def check_archive(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         raise ValueError("no zip archive, as torch writes since 1.6")
     size = path.stat().st_size
+    _check_directory(path, size)
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             plain = entry.compress_type == zipfile.ZIP_STORED
@@ -44,6 +47,24 @@ def check_archive(path: Path) -> None:
                 raise ValueError(f"entry {entry.filename} is packed, or larger than the file")
     # by torch's own reader: the entry that torch.load will take, were there several
     check_pickle(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
+
+
+def _check_directory(path: Path, size: int) -> None:
+    """Python finds an archive's directory by its size, torch by its offset: both must be one."""
+    with path.open("rb") as file:
+        file.seek(max(0, size - LARGE_END))
+        tail = file.read().rjust(LARGE_END, b"\0")
+    end, start = tail[-END:], size - END
+    length, offset = struct.unpack("<II", end[12:20])
+    if tail[-END - 20 : -END].startswith(
+        b"PK\6\7"
+    ):  # as torch writes them, of more than 4 GB or not
+        start = size - LARGE_END
+        (found,) = struct.unpack("<Q", tail[-END - 12 : -END - 4])
+        _require(found == start and tail.startswith(b"PK\6\6"), "a directory without an end")
+        length, offset = struct.unpack("<QQ", tail[40:56])
+    last = end.startswith(b"PK\5\6") and end.endswith(b"\0\0")  # no comment behind
+    _require(last and offset + length == start, "a directory that is not at the end")
 
 
 def check_pickle(data: bytes) -> None:

@@ -55,10 +55,7 @@ PICKLES = {
 
 @pytest.fixture
 def not_loaded(monkeypatch):
-    def load(*_, **__):
-        raise AssertionError("torch.load was asked")
-
-    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was asked"))
 
 
 @pytest.mark.parametrize("how", PICKLES)
@@ -98,20 +95,37 @@ def test_values_that_allocate(value, message, tmp_path, not_loaded):
 
 
 def test_the_entry_that_torch_reads_is_looked_at(tmp_path, not_loaded):
-    """Names are not told apart by case there, and may be there twice."""
-    for name in ("data.pkl", "DATA.PKL"):
-        path = tmp_path / f"{name}.bin"
-        with_pickle(path, PICKLES["bytearray"])
-        with zipfile.ZipFile(path) as archive:
-            entries = {n: archive.read(n) for n in archive.namelist()}
-        with zipfile.ZipFile(path, "w") as archive:
-            for entry, content in entries.items():
-                archive.writestr(entry.replace("data.pkl", name), content)
-            if name == "data.pkl":
-                with pytest.warns(UserWarning, match="Duplicate"):
-                    archive.writestr("archive/data.pkl", b"\x80\x02}.")
-        with pytest.raises(ValueError, match="not a torch file of plain tensors"):
-            tensor_files.read_tensors(path)
+    """Its names are not told apart by case."""
+    with_pickle(tmp_path / "x.bin", PICKLES["bytearray"])
+    with zipfile.ZipFile(tmp_path / "x.bin") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name.replace("data.pkl", "DATA.PKL"), content)
+    with pytest.raises(ValueError, match=r"bytearray is no part of a state dict"):
+        tensor_files.read_tensors(tmp_path / "x.bin")
+
+
+def test_a_second_directory_is_not_believed(tmp_path, not_loaded):
+    """Python finds a zip file's directory by its size, torch by its offset: here one of entries as
+    they are, there one of packed entries."""
+    parts = []
+    for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", kind) as archive:
+            archive.writestr("x/data.pkl", b"\x80\x02}.".ljust(1000, b"0"))
+            archive.writestr("x/version", b"3\n")
+            archive.writestr("x/data/0", torch.randint(256, (5000,)).byte().numpy().tobytes())
+        data, offset = buffer.getvalue(), archive.start_dir
+        parts.append((data[:offset], data[offset:-22], data[-22:]))
+    (packed, directory, end), (_, other, _) = parts
+    assert len(directory) == len(other)
+    path = tmp_path / "x.bin"
+    path.write_bytes(packed + directory + other + end)
+    assert all(e.compress_type == zipfile.ZIP_STORED for e in zipfile.ZipFile(path).infolist())
+    assert len(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")) == 1000
+    with pytest.raises(ValueError, match=r"\(a directory that is not at the end\)"):
+        tensor_files.read_tensors(path)
 
 
 def test_claims_of_a_tensor_are_bounded_by_its_file(tmp_path):
