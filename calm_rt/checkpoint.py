@@ -31,6 +31,7 @@ from calm_rt.model_folder import (
     TENSORS,
     WINDOW,
     ModelFolder,
+    copy_tokenizer,
 )
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm
 from calm_rt.ops.check import check
@@ -107,7 +108,7 @@ def convert(
     max_shard_bytes: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> ModelFolder:
-    """Writes the model of one folder into another, without ever holding it in memory.
+    """Writes the model and tokenizer of one folder into another, the model never held in memory.
 
     Tensors are the same bit for bit unless a type is given (of pytorch_model.bin, the tensors of
     another type are held). Fields of config.json are kept, whether they mean something here or not,
@@ -137,6 +138,8 @@ def convert(
         return folder.read(name).to(dtype=dtype)
 
     _write(output, layout, max_shard_bytes, values, inner, meta, read)
+    for target in (output, output / INNER) if layout == "official" and inner else (output,):
+        copy_tokenizer(Path(source), target)
     return folder
 
 

@@ -31,10 +31,11 @@ from calm_rt.data import (
 )
 from calm_rt.generation import Generation, Generator
 from calm_rt.hub import local_folder
+from calm_rt.model_folder import copy_tokenizer
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check
 from calm_rt.options import AUTOENCODER_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS
-from calm_rt.training_state import TrainingState, copy_tokenizer
+from calm_rt.training_state import TrainingState
 
 
 def fetch(options: Namespace) -> None:
@@ -185,9 +186,6 @@ def convert(options: Namespace) -> None:
     shard = None if options.max_shard_size is None else int(options.max_shard_size * 1e9)
     settings = {"layout": options.layout, "max_shard_bytes": shard, "dtype": dtype}
     converted = checkpoint.convert(source, output, **settings)
-    for folder in {output, *([output / "autoencoder"] if options.layout == "official" else [])}:
-        if folder.is_dir():
-            copy_tokenizer(source, folder)
     kind = type(converted.model).__name__
     count = sum(tensor.numel() for tensor in converted.meta.values())
     report = {"model": kind, "parameters": count, "folder": options.output}

@@ -6,12 +6,14 @@ all tensors are held against the configuration before the first of them is read.
 """
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from calm_rt.hub import TOKENIZERS
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check
 from calm_rt.tensor_files import StoredTensors, read_json
@@ -170,3 +172,12 @@ def _believable(config: Config, tensors: dict[str, Tensor]) -> Config:
         if name.startswith("num_") and name.endswith("_layers"):
             check(value <= len(tensors), f"config {name}", "layers that are in the file", value)
     return config
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the files of a tokenizer from one folder to another, those that are there."""
+    if source.resolve() == target.resolve():
+        return
+    for name in TOKENIZERS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

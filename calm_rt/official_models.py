@@ -21,13 +21,16 @@ OUTPUTS = {AUTOENCODER: "CausalLMOutputWithPast"}  # what forward returns, by ki
 OUTPUT = "CustomCausalLMOutput"  # of all others
 PARTS = {AUTOENCODER: ("encoder", "decoder", "ae_dropout", "kl_clamp", "kl_weight")}
 MODEL_PARTS = ("ae_model", "transformer", "embed_proj", "generative_head")
+MODEL_METHODS = ("eval_brier", "temperature_sampling", "generate")
+LIBRARIES = ("torch.", "transformers.")  # whose classes have a forward that is nobody's
 ALIASES = ("mlp_generator.",)  # a second name of generative_head
 STANDARD = (nn.Linear, nn.LayerNorm, nn.Embedding)  # their forward is what a view computes
 
 
-def official_class(model: nn.Module) -> type:
-    """The official class that an instance is of, itself or through a subclass.
+def official_class(model: nn.Module) -> tuple[type, str]:
+    """The class that has an official class's methods, and that one's name in KINDS.
 
+    It is the instance's own or a base of it, known by name or else, in a fork, by its parts.
     raises: ValueError for anything else, naming what is missing.
     """
     names = f"an instance of the official {', '.join(KINDS)}"
@@ -36,21 +39,30 @@ def official_class(model: nn.Module) -> type:
     check(isinstance(model, nn.Module), "model", names, type(model).__name__)
     check(not ours, "model", names, got)
     found = next((cls for cls in type(model).__mro__ if cls.__name__ in KINDS), None)
+    if found is None and (kind := _kind_by_parts(model)):
+        own = [cls for cls in type(model).__mro__ if "forward" in vars(cls)]
+        own = [cls for cls in own if not cls.__module__.startswith(LIBRARIES)]
+        if own:
+            return own[-1], kind  # what is derived from it may have methods of its own
     check(found is not None, "model", names, type(model).__name__)
     for part in ("config", "patch_size", *PARTS.get(found.__name__, MODEL_PARTS)):
         got = f"a {found.__name__} without {part}"
         check(hasattr(model, part), "model", names, got)
-    return found
+    return found, found.__name__
 
 
-def output_class(official: type) -> type:
+def output_class(official: type, kind: str) -> type:
     """The class of what an official forward returns, from the module that defines it.
 
-    raises: ValueError where that module has no such name.
+    raises: ValueError where that module has no such class, by name or by its brier1.
     """
-    name, module = OUTPUTS.get(official.__name__, OUTPUT), official.__module__
-    found = getattr(sys.modules.get(module), name, None)
-    check(found is not None, module, f"a class {name}", "none")
+    name, module = OUTPUTS.get(kind, OUTPUT), sys.modules.get(official.__module__)
+    found = getattr(module, name, None)
+    if found is None and kind not in OUTPUTS:
+        classes = (value for value in vars(module).values() if isinstance(value, type))
+        with_brier = (c for c in classes if "brier1" in getattr(c, "__dataclass_fields__", ()))
+        found = next(with_brier, None)
+    check(found is not None, official.__module__, f"a class {name}", "none")
     return found
 
 
@@ -75,6 +87,19 @@ def view_of_model(official: nn.Module) -> Calm:
     with torch.device("meta"):
         view = Calm(CalmConfig.from_dict(_config(official)), inner)
     return _share(view, official).eval()
+
+
+def _kind_by_parts(model: nn.Module) -> str | None:
+    def has(*parts: str) -> bool:
+        return all(hasattr(model, part) for part in ("config", "patch_size", *parts))
+
+    if has(*PARTS[AUTOENCODER]):
+        return AUTOENCODER
+    if not has(*MODEL_PARTS, *MODEL_METHODS):
+        return None
+    if has("energy_score"):
+        return ENERGY
+    return KINDS[2 if "Diff" in type(model.generative_head).__name__ else 3]
 
 
 def _share(view: nn.Module, official: nn.Module) -> nn.Module:

@@ -7,6 +7,9 @@ Random numbers come from torch's generator of the device as one seed a call, and
 logical rows, so torch.manual_seed repeats them and ranks with equal seeds still draw apart.
 """
 
+import copy
+import pickle
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +24,7 @@ from calm_rt.losses import MASK_ID
 from calm_rt.nn import Autoencoder, Calm, EnergyHead
 from calm_rt.ops.check import check
 from calm_rt.reference import Stream
-from calm_rt.sampling import parse_temperature, sample_patches
+from calm_rt.sampling import MAX_DRAWS, parse_temperature, sample_patches
 
 IGNORED = -100  # a label that is no target
 NUM_TARGETS = 100  # M, a constant of the official energy_score
@@ -34,6 +37,7 @@ class Patch:
     """What is replaced in a model, and what stands in for it."""
 
     official: type  # the class whose methods are replaced
+    kind: str  # its official name
     output: type | None = None  # of what forward returns
     autoencoder: Autoencoder | None = None  # views, see official_models
     head: EnergyHead | None = None
@@ -42,6 +46,16 @@ class Patch:
     switches: set[str] = field(default_factory=set)  # what is replaced
     installed: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     undo: list[Any] = field(default_factory=list)  # further calls that unpatching makes
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        # methods of an instance are found by names that its class does not have
+        advice = "unpatch the model first, or save its state_dict()"
+        raise pickle.PicklingError(f"a patched model cannot be pickled: {advice}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Patch":
+        memo[id(self)] = other = object.__new__(type(self))
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
 
 
 def seed_on(device: torch.device) -> Tensor:
@@ -223,46 +237,68 @@ def generate(
     temperature: float | None = 0.5,
     *,
     max_new_tokens: int | None = None,
-    num_samples: int = 200,
+    num_samples: int | None = None,
+    num_candidates: int | None = None,
+    method: str = "pool",
+    max_draws: int = MAX_DRAWS,
+    on_budget: str = "raise",
     seed: int | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """`CALM.generate`, also with a number of new tokens, a pool size and a seed.
+    """`CALM.generate`, also with a number of new tokens, a pool size, exact sampling and a seed.
 
-    input_ids: [B, T] int64; pad ids are no part of a prompt.
+    input_ids: [B, T] int64; pad ids at the ends of a row are no part of its prompt.
     max_length: of prompt and continuation in tokens, unless max_new_tokens is given.
+    num_samples, num_candidates: two names, the official and ours, of the pool's size, 200.
+    method, max_draws, on_budget: see `sample_patches`.
     seed: None takes one from torch's generator.
-    kwargs: ignored, as the official code does.
+    kwargs: accepted as by the official code, which reads none either; a warning names them.
     returns: [B, longest] int64: prompt, continuation up to EOS, and pad ids.
+    raises: as Generator.generate, also beyond max_position_embeddings patches.
     """
     patch = _active(self)
     if patch is None:
         options = kwargs | {"max_length": max_length, "temperature": temperature}
         return type(self).generate(self, input_ids, **options)
+    if kwargs:
+        names = ", ".join(sorted(kwargs))
+        warnings.warn(f"generate: nothing reads {names}", stacklevel=2)
+    both = num_samples is not None and num_candidates is not None
+    check(not both, "num_candidates", "None beside num_samples, its other name", num_candidates)
+    pool = next((n for n in (num_samples, num_candidates) if n is not None), 200)
     self.eval()
     pad, size = self.padding_idx, self.patch_size
     if max_new_tokens is None:
         max_new_tokens = max(0, max_length - input_ids.shape[1])
-    prompts = [[token for token in row if token != pad] for row in input_ids.tolist()]
+    given = prompts = [_without_ends(row, pad) for row in input_ids.tolist()]
     if "prompt_padding" in patch.keep_bugs:
         check(pad is not None, "prompt_padding", "a pad_token_id in the config", pad)
-        prompts = [row + [pad] * (-len(row) % size) for row in prompts]
+        prompts = [row + [pad] * (-len(row) % size) for row in given]
     if seed is None:
         seed = int(seed_on(torch.device("cpu")))
     generations = Generator(patch.model).generate(
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        num_candidates=num_samples,
+        num_candidates=pool,
+        method=method,
+        max_draws=max_draws,
+        on_budget=on_budget,
         seed=seed,
     )
     rows = [
-        torch.tensor([t for t in prompt if t != pad] + generation.ids, dtype=torch.int64)
-        for prompt, generation in zip(prompts, generations, strict=True)
+        torch.tensor(prompt + generation.ids, dtype=torch.int64)
+        for prompt, generation in zip(given, generations, strict=True)
     ]
     fill = next((i for i in (pad, self.eos_token_id) if i is not None), 0)
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
     return padded.to(input_ids.device)
+
+
+def _without_ends(row: list[int], pad: int | None) -> list[int]:
+    """Without pad ids at either end; inside they may be the EOS of documents."""
+    real = [index for index, token in enumerate(row) if token != pad]
+    return row[real[0] : real[-1] + 1] if real else []
 
 
 def _active(module: nn.Module) -> Patch | None:

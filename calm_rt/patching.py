@@ -27,7 +27,7 @@ SWITCHES = {
     "head_sampling": "sample_latents, contexts not repeated",
     "temperature_sampling": "decode and select_patch, no logits, nothing on the host",
     "eval_brier": "all pairs of draws, decoded without logits",
-    "generate": "calm_rt.Generator",
+    "generate": "calm_rt.Generator, which refuses lengths beyond max_position_embeddings",
 }
 
 
@@ -47,6 +47,11 @@ BUGS = {
     ),
     "missing_num_samples": Bug(
         (), ALL_MODELS[1:], "num_samples was never set; taken from the configuration"
+    ),
+    "loss_kwargs": Bug(
+        (),
+        official_models.KINDS,
+        "Trainer left the loss undivided by its accumulation steps; accepts_loss_kwargs is False",
     ),
     "bf16_embeddings": Bug(
         ("autoencoder_loss", "encoder_target"),
@@ -119,8 +124,9 @@ def patch(
 ) -> PatchReport:
     """Lets an instance of the official code run on the ops.
 
-    model: of the official Autoencoder, EnergyTransformer, DiffusionTransformer or FlowTransformer,
-        also inside DistributedDataParallel or torch.compile. Patch before the optimizer is made
+    model: of the official Autoencoder, EnergyTransformer, DiffusionTransformer or FlowTransformer
+        or of a fork with other names and the same parts, also inside DistributedDataParallel or
+        torch.compile. Patch before the optimizer is made
         and before Trainer, DistributedDataParallel or torch.compile get the model.
     autoencoder_loss, encoder_target, energy_score, head_sampling, temperature_sampling,
         eval_brier, generate: which parts to replace.
@@ -132,7 +138,7 @@ def patch(
     raises: ValueError for another model, a model that is patched already, or an unknown bug.
     """
     model = _unwrap(model)
-    official = official_models.official_class(model)
+    official, kind = official_models.official_class(model)
     check(_patch_of(model) is None, "model", "one that is not patched", "a patched one")
     unknown = sorted(set(keep_bugs) - BUGS.keys())
     check(not unknown, "keep_bugs", f"names among {', '.join(BUGS)}", unknown)
@@ -145,8 +151,9 @@ def patch(
         "eval_brier": eval_brier,
         "generate": generate,
     }
-    state = Patch(official, keep_bugs=frozenset(keep_bugs))
-    report = PatchReport(type(model).__name__, model=model)
+    state = Patch(official, kind, keep_bugs=frozenset(keep_bugs))
+    renamed = "" if official.__name__ == kind else f", by its parts {kind}"
+    report = PatchReport(f"{type(model).__name__}{renamed}", model=model)
     kept = {name: "switched off" for name, on in wanted.items() if not on}
     kept |= _impossible(model, state, [name for name, on in wanted.items() if on])
     state.switches = {name for name in SWITCHES if name not in kept}
@@ -193,7 +200,7 @@ def _patch_of(model: nn.Module) -> Patch | None:
 
 def _impossible(model: nn.Module, state: Patch, wanted: list[str]) -> dict[str, str]:
     """Makes the views of the model, and says which switches cannot be on: switch: why."""
-    kind = state.official.__name__
+    kind = state.kind
     of_models = f"only in {', '.join(ALL_MODELS)}"
     reasons: dict[str, str] = {}
     for name in wanted:
@@ -214,7 +221,7 @@ def _impossible(model: nn.Module, state: Patch, wanted: list[str]) -> dict[str, 
         except (ValueError, AttributeError) as error:
             failures[name] = str(error)
     try:
-        state.output = official_models.output_class(state.official)
+        state.output = official_models.output_class(state.official, state.kind)
     except ValueError as error:
         failures["output"] = str(error)
     needs = {
@@ -294,8 +301,13 @@ def _set(state: Patch, module: nn.Module, name: str, value: Any) -> None:
 
 def _cure(model: nn.Module, state: Patch, report: PatchReport) -> None:
     """Cures the bugs that need no switch."""
-    kind = state.official.__name__
-    for name, cure in {"tied_embedding": _tie, "missing_num_samples": _give_num_samples}.items():
+    kind = state.kind
+    cures = {
+        "tied_embedding": _tie,
+        "missing_num_samples": _give_num_samples,
+        "loss_kwargs": _refuse_loss_kwargs,
+    }
+    for name, cure in cures.items():
         if kind not in BUGS[name].kinds:
             continue
         if name in state.keep_bugs:
@@ -310,7 +322,7 @@ def _cure(model: nn.Module, state: Patch, report: PatchReport) -> None:
 
 def _tie(model: nn.Module, state: Patch) -> tuple[bool, str | None]:
     """Whether something was cured, or why not."""
-    autoencoder = _autoencoder(model, state.official.__name__)
+    autoencoder = _autoencoder(model, state.kind)
     embedding, decoder = autoencoder.encoder.embed_tokens.weight, autoencoder.decoder
     head = decoder.lm_head_weight
     if head is embedding:
@@ -328,6 +340,16 @@ def _give_num_samples(model: nn.Module, state: Patch) -> tuple[bool, str | None]
     if missing:
         _set(state, model, "num_samples", model.config.num_samples)
     return missing, None
+
+
+def _refuse_loss_kwargs(model: nn.Module, state: Patch) -> tuple[bool, str | None]:
+    """Trainer takes **kwargs of a forward for a division by num_items_in_batch."""
+    if hasattr(model, "accepts_loss_kwargs"):
+        return False, None  # somebody knows better
+    if reason := _foreign(model, "forward", state.official):
+        return False, reason
+    _set(state, model, "accepts_loss_kwargs", False)
+    return True, None
 
 
 def _fold(model: nn.Module, state: Patch, report: PatchReport) -> None:
@@ -350,9 +372,9 @@ def _fold(model: nn.Module, state: Patch, report: PatchReport) -> None:
 
 def _name_cures(state: Patch, report: PatchReport) -> None:
     """Lists the bugs whose cure came with a switch, and those without one."""
-    report.not_cured.update(NOT_CURED.get(state.official.__name__, {}))
+    report.not_cured.update(NOT_CURED.get(state.kind, {}))
     for name, bug in BUGS.items():
-        if not bug.switches or state.official.__name__ not in bug.kinds:
+        if not bug.switches or state.kind not in bug.kinds:
             continue
         if name in state.keep_bugs:
             report.not_cured[name] = "in keep_bugs"

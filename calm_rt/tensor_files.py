@@ -6,7 +6,6 @@ Models, which may be larger than memory, are read and written one tensor after a
 """
 
 import json
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calm_rt.atomic import replace
+from calm_rt.torch_archive import check_archive
 
 FORMAT = {"format": "pt"}  # the metadata that transformers wants to see
 DTYPE_NAMES = {  # in the header of a safetensors file
@@ -151,7 +151,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         )
     refused = f"{path}: not a torch file of plain tensors, or damaged"
     try:
-        _check_archive(path)
+        check_archive(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
@@ -204,22 +204,6 @@ def _open_safetensors(path: Path, read: Callable[[Any], Any]) -> Any:
             return read(file)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file, or damaged ({error})") from error
-
-
-def _check_archive(path: Path) -> None:
-    """Raises ValueError unless the file is a zip archive whose entries are stored as they are.
-
-    torch allocates what an entry claims to be unpacked; torch before 1.6 wrote no archive, and its
-    files are read by allocating what they claim.
-    """
-    if not zipfile.is_zipfile(path):
-        raise ValueError("no zip archive, as torch writes since 1.6")
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            plain = entry.compress_type == zipfile.ZIP_STORED
-            if not plain or not entry.file_size == entry.compress_size <= size:
-                raise ValueError(f"entry {entry.filename} is packed, or larger than the file")
 
 
 def _is_stored(tensor: Tensor) -> bool:

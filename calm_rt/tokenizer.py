@@ -231,11 +231,16 @@ class HuggingFaceTokenizer:
         self.eos_id = eos_id
         pad_id = self._special_id("pad")
         if pad_id is None:
+            taken = self._tokenizer.get_vocab(with_added_tokens=True).values()
             self._tokenizer.add_special_tokens(["[PAD]"])
             pad_id = self._tokenizer.token_to_id("[PAD]")
+            if pad_id in taken:  # which the package numbers by the count
+                raise ValueError(
+                    f"tokenizer: {path} has no PAD; name it in special_tokens_map.json"
+                )
         self.pad_id = pad_id
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        self._decode_stream = tokenizers.decoders.DecodeStream
+        # not their number: ids may have holes
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without BOS and EOS."""
@@ -254,8 +259,7 @@ class HuggingFaceTokenizer:
 
     def stream(self) -> "HuggingFaceStream":
         """A decoder that takes one token at a time."""
-        decoder = self._decode_stream(skip_special_tokens=True)
-        return HuggingFaceStream(self, self._tokenizer, decoder)
+        return HuggingFaceStream(self)
 
     def _special_id(self, kind: str) -> int | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -268,20 +272,31 @@ class HuggingFaceTokenizer:
 
 
 class HuggingFaceStream:
-    """TextStream of a HuggingFaceTokenizer."""
+    """TextStream of a HuggingFaceTokenizer.
 
-    def __init__(self, owner: HuggingFaceTokenizer, tokenizer: Any, stream: Any) -> None:
-        self._owner, self._tokenizer, self._stream = owner, tokenizer, stream
+    A token's text is what it adds to that of the tokens before it, as in the package's own
+    DecodeStream, which releases before 0.20 (transformers 4.43 wants one) do not have.
+    """
+
+    def __init__(self, owner: HuggingFaceTokenizer) -> None:
+        self._owner = owner
         self._ids: list[int] = []
+        self._window: list[int] = []  # tokens of the last text given out, which shape the next
+        self._held: list[int] = []  # tokens whose text is not whole yet
         self._sent = 0
 
     def step(self, token: int) -> str:
         """The whole characters that this token completes."""
         _check_ids([token], self._owner.vocab_size)
         self._ids.append(token)
-        text = self._stream.step(self._tokenizer, token) or ""
-        self._sent += len(text)
-        return text
+        self._held.append(token)
+        before = self._owner.decode(self._window)
+        text = self._owner.decode(self._window + self._held)
+        if len(text) <= len(before) or text.endswith("\ufffd"):
+            return ""
+        self._window, self._held = self._held, []
+        self._sent += len(text) - len(before)
+        return text[len(before) :]
 
     def finish(self) -> str:
         """U+FFFD if the last character never became whole."""

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from calm_rt.curves import CURVES, TrainingLog, plot_curves
 from calm_rt.data import TokenShards
 from calm_rt.losses import PRECISIONS
+from calm_rt.model_folder import copy_tokenizer
 from calm_rt.nn import Autoencoder, Calm
 from calm_rt.threads import faster_threads, restored_threads
 from calm_rt.training_config import TrainingConfig
-from calm_rt.training_state import Interrupt, TrainingState, World, copy_tokenizer, trainable
+from calm_rt.training_state import Interrupt, TrainingState, World, trainable
 
 THREADS_EVERY = 100  # steps between choices of the number of threads
 PLOT_SECONDS = 60  # at least between two pictures of the curves in a run

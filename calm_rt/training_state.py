@@ -4,7 +4,6 @@ import atexit
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -20,12 +19,6 @@ from calm_rt.ops.check import check
 
 STATE = "training_state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
 
 
 class World:
@@ -142,15 +135,6 @@ class TrainingState:
             step = torch.tensor(float(self.step), device=parameter.device)
             moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in MOMENTS}
             optimizer.state[parameter] = {"step": step, **moments}
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the files of a tokenizer from one folder to another, those that are there."""
-    if source.resolve() == target.resolve():
-        return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

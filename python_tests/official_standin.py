@@ -5,7 +5,7 @@ official ones and make the tensors that those make, bugs included. The backbone 
 the official parameter names.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ SIGMAS = 5.0  # two means of the same distribution differ by more once in two mi
 class CausalLMOutputWithPast:
     loss: Tensor | None = None
     logits: Tensor | None = None
+
+    def __getitem__(self, index: int | slice) -> Any:  # as ModelOutput has it, for Trainer
+        values = [getattr(self, field.name) for field in fields(self)]
+        return tuple(value for value in values if value is not None)[index]
 
 
 @dataclass

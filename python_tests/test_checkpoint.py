@@ -165,9 +165,14 @@ def test_shards(official, tmp_path):
 
 @needs_golden
 @pytest.mark.parametrize("head", ["flow", "diffusion"])
-def test_other_heads_are_refused(official, head):
-    with pytest.raises(ValueError, match=f"the {head} head is not supported yet"):
-        checkpoint.load(official / f"calm_{head}")
+def test_other_heads_are_refused(official, head, tmp_path):
+    folder, message = official / f"calm_{head}", f"the {head} head is not supported yet"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(folder)
+    for layout in ("calm_rt", "official"):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.convert(folder, tmp_path / "out", layout=layout)
+    assert not (tmp_path / "out").exists()
 
 
 @needs_golden

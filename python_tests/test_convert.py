@@ -105,6 +105,20 @@ def test_ours_there_and_back_loses_nothing(autoencoder, tmp_path):
     assert before.read_bytes() == after.read_bytes()
 
 
+def test_the_tokenizer_goes_with_the_model(folder, tmp_path):
+    """In Python as on the command line, and to the autoencoder's own folder too."""
+    tokenizer = (folder / "calm" / "tokenizer.model").read_bytes()
+    for layout, parts in {"official": ("", "autoencoder"), "calm_rt": ("",)}.items():
+        ours, other = tmp_path / layout, tmp_path / f"{layout} by command"
+        checkpoint.convert(folder / "calm", ours, layout=layout)
+        convert(folder / "calm", other, "--layout", layout)
+        for part in parts:
+            assert (ours / part / "tokenizer.model").read_bytes() == tokenizer
+        files = [{str(p.relative_to(top)) for p in top.rglob("*")} for top in (ours, other)]
+        assert files[0] == files[1]
+    checkpoint.convert(tmp_path / "official", tmp_path / "official")  # onto itself
+
+
 def test_a_conversion_that_fails_leaves_what_was_there(autoencoder, tmp_path, monkeypatch):
     source, target = tmp_path / "autoencoder", tmp_path / "shards"
     checkpoint.save(autoencoder, target, max_shard_bytes=8000)

@@ -1,8 +1,12 @@
 """calm_rt.patch on a stand-in with the official structure: same results, nothing left behind."""
 
 import copy
-from types import MethodType
+import re
+import sys
+from pathlib import Path
+from types import MethodType, ModuleType
 
+import official_standin
 import pytest
 import scipy.stats
 import torch
@@ -112,6 +116,53 @@ def test_patching_twice_and_unpatching_an_official_model_are_refused():
 )
 def test_other_models_are_refused(model, message):
     with pytest.raises(ValueError, match=f"model: expected an instance of the .*{message}"):
+        calm_rt.patch(model)
+
+
+RENAMED = {"Autoencoder": "TextVae", "EnergyTransformer": "PatchModel", "CALM": "Base"}
+RENAMED |= {"FlowTransformer": "Stream", "DiffusionTransformer": "Denoiser"}
+RENAMED |= {"CustomCausalLMOutput": "ScoredOutput"}
+
+
+@pytest.fixture
+def fork(monkeypatch):
+    """The stand-in under other names."""
+    source = Path(official_standin.__file__).read_text()
+    for name, other in RENAMED.items():
+        source = re.sub(rf"\b{name}\b", other, source)
+    module = ModuleType("fork")
+    monkeypatch.setitem(sys.modules, "fork", module)
+    exec(compile(source, "fork.py", "exec"), vars(module))
+    return module
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fork_with_other_names_is_known_by_its_parts(fork, kind):
+    model, ids = fork.build(RENAMED[kind]), token_ids()
+    model.num_samples, plain = 4, build(kind)
+    plain.num_samples = 4
+    expected, report = calm_rt.patch(plain), calm_rt.patch(model)
+    assert report.name == f"{RENAMED[kind]}, by its parts {kind}"
+    assert (report.replaced, report.kept) == (expected.replaced, expected.kept)
+    assert (report.cured, report.not_cured) == (expected.cured, expected.not_cured)
+    torch.manual_seed(2)
+    loss = plain.eval()(input_ids=ids, labels=ids).loss
+    torch.manual_seed(2)
+    assert torch.equal(model.eval()(input_ids=ids, labels=ids).loss, loss)
+
+
+def test_what_is_derived_from_a_fork_keeps_its_own(fork):
+    class Mine(fork.PatchModel):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            return 7
+
+    model = fork.build("PatchModel")
+    model.__class__ = Mine
+    report = calm_rt.patch(model)
+    assert report.kept["encoder_target"] == "Mine has its own forward" and model() == 7
+    del model.generative_head, model.mlp_generator
+    calm_rt.unpatch(model)
+    with pytest.raises(ValueError, match=r"model: expected an instance of the official .*got Mine"):
         calm_rt.patch(model)
 
 

@@ -217,6 +217,45 @@ def test_tokenizer_of_llama_3(llama_folder):
     assert tokenizer.encode_batch(AWKWARD) == [tokenizer.encode(text) for text in AWKWARD]
 
 
+@pytest.mark.parametrize("folder", ["json_folder", "llama_folder"])
+def test_streams_are_those_of_the_package(folder, request, monkeypatch):
+    """Token by token, also in releases before 0.20, which have none."""
+    from tokenizers import Tokenizer, decoders
+
+    tokenizer = load_tokenizer(request.getfixturevalue(folder))
+    texts = [tokenizer.encode(text) for text in [*AWKWARD, CODE]]
+    texts += [[*ids[:-1], tokenizer.eos_id, *ids] for ids in texts]  # characters break off
+    own = Tokenizer.from_file(str(tokenizer.path))
+    expected = []
+    for ids in texts:
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        expected.append([stream.step(own, token) or "" for token in ids])
+    monkeypatch.delattr(decoders, "DecodeStream")
+    tokenizer = load_tokenizer(tokenizer.path)
+    assert [streamed(tokenizer, ids)[:-1] for ids in texts] == expected
+    assert ["".join(streamed(tokenizer, ids)) for ids in texts] == list(
+        map(tokenizer.decode, texts)
+    )
+
+
+def test_ids_with_holes(json_folder):
+    """The size of a vocabulary is the largest id and one, not the number of its tokens."""
+    path = json_folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["far"] = 500
+    path.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.vocab_size == max(500, tokenizer.pad_id) + 1
+    ids = [*tokenizer.encode("x"), 500, 400, *tokenizer.encode("y")]
+    assert tokenizer.decode(ids) == "".join(streamed(tokenizer, ids)) == "xfary"
+    content["model"]["vocab"] |= {"new": 302}  # the next that the package would count
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"has no PAD; name it in special_tokens_map\.json"):
+        load_tokenizer(path)
+    (json_folder / "special_tokens_map.json").write_text('{"pad_token": "new"}')
+    assert load_tokenizer(path).pad_id == 302
+
+
 def test_the_right_file_is_named(json_folder, monkeypatch):
     right = json_folder / "tokenizer.json"
     with pytest.raises(ValueError, match=f"is a tiktoken file, .*; use {right}"):

@@ -1,0 +1,91 @@
+"""What `generate` of a patched model reads, and what a patched model cannot do: be pickled."""
+
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from official_standin import AE, build, token_ids
+from torch import nn
+
+import calm_rt
+
+PAD = AE["pad_token_id"]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = build(vocab_size=8)
+    calm_rt.patch(model)
+    return model
+
+
+@pytest.fixture
+def settings(monkeypatch) -> list[dict]:
+    """The settings of every call of Generator.generate."""
+    seen, generate = [], calm_rt.Generator.generate
+
+    def recording(self, prompts, **options):
+        seen.append(options | {"prompts": prompts})
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(calm_rt.Generator, "generate", recording)
+    return seen
+
+
+def prompt(seed: int = 1) -> torch.Tensor:
+    return 4 + token_ids(batch=1, patches=2, seed=seed) % 4
+
+
+def test_method_and_pool_are_read(model, settings):
+    with pytest.raises(ValueError, match='method="exact" takes any'):
+        model.generate(prompt(), max_new_tokens=4, temperature=0.3)
+    exact = {"method": "exact", "max_draws": 50, "on_budget": "pool"}
+    ids = model.generate(prompt(), max_new_tokens=4, temperature=0.3, num_candidates=20, **exact)
+    assert ids.shape[1] <= 12
+    assert {name: settings[-1][name] for name in exact} == exact
+    for options in ({"num_samples": 20}, {"num_candidates": 20}):
+        model.generate(prompt(), max_new_tokens=4, **options)
+        assert settings[-1]["num_candidates"] == 20
+    model.generate(prompt(), max_new_tokens=4)
+    assert settings[-1]["num_candidates"] == 200
+    with pytest.raises(ValueError, match="num_candidates: expected None beside num_samples"):
+        model.generate(prompt(), max_new_tokens=4, num_samples=20, num_candidates=20)
+
+
+def test_what_nothing_reads_is_named(model):
+    with pytest.warns(UserWarning, match="generate: nothing reads attention_mask, top_p"):
+        model.generate(prompt(), max_new_tokens=4, top_p=0.9, attention_mask=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(prompt(), max_length=12, temperature=1.0, seed=1)
+
+
+@pytest.mark.parametrize("pad", [2, PAD], ids=["eos", "pad"])
+def test_pads_are_stripped_at_the_ends_only(pad, settings):
+    model = build(vocab_size=8, pad_token_id=pad, eos_token_id=2)
+    calm_rt.patch(model)
+    rows = [[pad, 5, pad, 6, 7, pad, pad, pad], [5, 6, 7, 4, 5, 6, 7, 4], [pad] * 8]
+    ids = model.generate(torch.tensor(rows), max_new_tokens=4, temperature=1.0, seed=1)
+    assert settings[-1]["prompts"] == [[5, pad, 6, 7], rows[1], []]
+    assert ids[0, :4].tolist() == [5, pad, 6, 7] and ids[1, :8].tolist() == rows[1]
+
+
+def test_lengths_beyond_what_was_trained_are_refused(model):
+    report = calm_rt.patch(build())
+    assert "max_position_embeddings" in report.replaced["generate"]
+    with pytest.raises(ValueError, match="max_position_embeddings = 64 patches"):
+        model.generate(prompt(), max_length=4 * 64 + 4)
+
+
+def test_a_patched_model_is_not_pickled(model):
+    with pytest.raises(pickle.PicklingError, match=r"unpatch .* first, or save its state_dict\(\)"):
+        torch.save(model, io.BytesIO())
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    calm_rt.unpatch(model)
+    torch.save(model, whole := io.BytesIO())
+    loaded = torch.load(io.BytesIO(whole.getvalue()), weights_only=False)
+    loaded.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
+    assert calm_rt.patch(loaded).replaced
