@@ -240,6 +240,14 @@ CASES = (
     ),
     _cross_entropy_case("R6-H16-V37", rows=6, hidden=16, vocabulary=37),
     _cross_entropy_case("R65-H16-V37", rows=65, hidden=16, vocabulary=37),
+    _cross_entropy_case("R200-H300-V70", rows=200, hidden=300, vocabulary=70),
+    _cross_entropy_case(  # two chunks, each in tiles of rows
+        "R300-H16-V5000",
+        rows=300,
+        hidden=16,
+        vocabulary=5000,
+        max_workspace_bytes=150 * 4 * 5000,
+    ),
     _cross_entropy_case("R3-H1-V1", rows=3, hidden=1, vocabulary=1),
     _cross_entropy_case("none-R5-H70-V300", rows=5, hidden=70, vocabulary=300, reduction="none"),
     _cross_entropy_case(  # chunks of a few rows, two blocks of the vocabulary

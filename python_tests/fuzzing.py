@@ -191,6 +191,7 @@ def sizes(*strategies: st.SearchStrategy) -> st.SearchStrategy[tuple]:
 
 
 ROWS = size(0, 5)
+SCREENED_ROWS = size(1, 5, 9, 17, 33)  # more than 8 are rounded to 8 bits without a screen too
 MLP_SIZES = size(1, 40, 64, 70), size(1, 40, 80)  # hidden, intermediate
 
 # By op: the makers of its arguments and the sizes that they take.
@@ -207,8 +208,8 @@ MAKERS: dict[str, dict[str, st.SearchStrategy[tuple]]] = {
         for maker in ("energy_score", "near_duplicates")
     },
     "linear_argmax": {
-        "linear_argmax": sizes(ROWS, size(0, 40, 70), size(1, 70, 2047, 2049, 4100)),
-        "ties": sizes(size(1, 5), size(1, 40), size(2, 70, 300)),
+        "linear_argmax": sizes(SCREENED_ROWS, size(0, 40, 70), size(1, 70, 2047, 2049, 4100)),
+        "ties": sizes(SCREENED_ROWS, size(1, 40), size(2, 70, 300)),
     },
     "linear_cross_entropy": {
         "linear_cross_entropy": sizes(size(1, 5, 19, 70), size(1, 40, 70), size(1, 70, 2049, 4100))

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import calm_rt
 from calm_rt import ops
 from calm_rt.ops import check
+from calm_rt.ops.linear_argmax import screen_vocabulary
 from calm_rt.testing import CASES, Case
 from calm_rt.threads import restored_threads
 
@@ -230,6 +231,10 @@ def test_laws_on_drawn_arguments(op: str, data: st.DataObject) -> None:
     strided = outcome("native", case, trial.strided(arguments))
     if op != "encode" or not case.gradients:  # with gradients it takes torch's own products too
         assert all(identical(a, b) for a, b in zip(ours, strided, strict=True))
+
+    if op == "linear_argmax":
+        screened = {**arguments, "screen": screen_vocabulary(arguments["weight"])}
+        assert torch.equal(outcome("native", case, screened)[0], ours[0])
 
     exact = cast(case, arguments, torch.float64)
     truth = outcome("reference", case, exact)

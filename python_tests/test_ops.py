@@ -5,6 +5,7 @@ Ops without a kernel run the reference; the laws that compare the two leave them
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -312,6 +313,7 @@ def wrong_arguments(case: Case) -> list[tuple[str, dict]]:
                 changes.append(leaf.detach().to("meta"))
             if isinstance(value, Tensor):
                 changes.append(leaf.detach().to(torch.int32))  # neither a float nor an int64
+                changes.append(leaf.flatten().tolist())
             for change in changes:
                 changed = tree_map(
                     lambda other, old=leaf, new=change: new if other is old else other, value
@@ -330,6 +332,24 @@ def test_wrong_arguments_are_named(case: Case, backend: str) -> None:
         named = str(error.value).split(":")[0].split(".")[0]
         # what disagrees with the first argument is named instead of the first argument
         assert named == name or (name == names[0] and named in names)
+
+
+@all_cases
+def test_wrong_numbers_are_named(case: Case) -> None:
+    """Where an integer or a number is asked for, numpy's are taken, and text and fractions not."""
+    arguments = case.make()
+    parameters = inspect.signature(getattr(ops, case.op)).parameters
+    for name, parameter in parameters.items():
+        annotation = str(parameter.annotation)
+        is_int = annotation in ("<class 'int'>", "int | None") or name == "seed"
+        if not (is_int or name == "beta"):
+            continue
+        given = arguments.get(name, parameter.default)
+        for wrong in ("1", [1], *([2.5] if is_int else [])):
+            with pytest.raises(ValueError, match=rf"^{name}: expected .*got "):
+                getattr(ops, case.op)(**{**arguments, name: wrong})
+        if is_int and isinstance(given, int):
+            getattr(ops, case.op)(**{**arguments, name: np.int64(given)})
 
 
 @all_cases

@@ -4,6 +4,7 @@ They look at shapes, types and devices, and at values only where `may_look` says
 so they neither wait for a device nor break a `torch.compile` graph.
 """
 
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -30,6 +31,7 @@ def check_shape(name: str, tensor: Tensor, **sizes: int | None) -> None:
 
     check_shape("mean", mean, R=4, L=None) accepts [4, anything].
     """
+    check_tensor(name, tensor)
     shape, wanted = tensor.shape, tuple(sizes.values())
     if shape == wanted:  # most are all given, and a comparison of tuples is cheap
         return
@@ -43,6 +45,25 @@ def check_shape(name: str, tensor: Tensor, **sizes: int | None) -> None:
         letter if size is None else f"{letter}={size}" for letter, size in sizes.items()
     )
     raise ValueError(f"{name}: expected shape [{expected}], got {list(shape)}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raises ValueError unless the value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {value!r}")
+
+
+def check_int(name: str, value: int, least: int, most: int | None = None) -> int:
+    """The value as an int (numpy's are taken too); raises ValueError unless it is within bounds."""
+    if not isinstance(value, int):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}: expected {bounds}, got {value}")
+    return value
 
 
 def check_float(name: str, *tensors: Tensor) -> None:
@@ -185,7 +206,11 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
             check_device(device, seed=seed)
         return seed
     if not isinstance(seed, int):
-        raise ValueError(f"seed: expected an int or a [] int64 tensor, got {seed!r}")
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            expected = "an int or a [] int64 tensor"
+            raise ValueError(f"seed: expected {expected}, got {seed!r}") from None
     if not torch.compiler.is_compiling():
         check(-(2**63) <= seed < 2**63, "seed", "an int of 64 bits, -2^63 to 2^63 - 1", seed)
     return torch.full((), seed, dtype=torch.int64, device=device)
@@ -202,7 +227,7 @@ def seed_and_rows(
     """
     if rows is None:
         rows = torch.arange(num_rows, device=device)
-    elif not _is_int64(rows, (num_rows,), device):
+    elif not isinstance(rows, Tensor) or not _is_int64(rows, (num_rows,), device):
         check_shape("rows", rows, R=num_rows)
         check_int64("rows", rows)
         check_device(device, rows=rows)

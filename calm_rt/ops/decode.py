@@ -12,6 +12,7 @@ from calm_rt.ops.check import (
     check,
     check_decoder,
     check_float,
+    check_shape,
     check_weights_device,
     is_autocast_on,
 )
@@ -114,7 +115,7 @@ def _flat(weights: DecoderWeights) -> tuple:
 
 
 def _check(latents: Tensor, weights: DecoderWeights) -> None:
-    check(latents.ndim == 2, "latents", "shape [R, L]", list(latents.shape))
+    check_shape("latents", latents, R=None, L=None)
     check_float("latents", latents)
     check_decoder(weights, latents.shape[1])
     check_weights_device(latents.device, weights)

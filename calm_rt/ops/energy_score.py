@@ -1,10 +1,19 @@
 """The energy score of model draws against target draws that are made inside the kernel."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
-from .. import _native, reference
-from .check import check, check_device, check_float, check_shape, seed_and_rows
+from calm_rt import _native, reference
+from calm_rt.ops.check import (
+    check,
+    check_device,
+    check_float,
+    check_int,
+    check_shape,
+    seed_and_rows,
+)
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -47,8 +56,8 @@ def energy_score(
     for name, tensor in {"x": x, "mean": mean, "log_std": log_std}.items():
         check_float(name, tensor)
     check_device(x.device, mean=mean, log_std=log_std)
-    check(num_targets >= 1, "num_targets", "1 or more", num_targets)
-    check(0 < beta <= 2, "beta", "a number in (0, 2]", beta)
+    num_targets = check_int("num_targets", num_targets, 1)
+    check(isinstance(beta, Real) and 0 < beta <= 2, "beta", "a number in (0, 2]", repr(beta))
     seed, rows = seed_and_rows(seed, rows, num_rows, x.device)
 
     wide = torch.promote_types(

@@ -10,6 +10,7 @@ from calm_rt.ops.check import (
     check_device,
     check_float,
     check_shape,
+    check_tensor,
     is_autocast_on,
 )
 from calm_rt.reference import MlpWeights
@@ -37,6 +38,7 @@ def gated_mlp(
     Raises ValueError for other shapes, types or devices.
     Source: the official AELayer.
     """
+    check_tensor("x", x)
     dtype = x.dtype
     autocast = dtype != torch.float64 and is_autocast_on(x.device)
     _check_shapes(x, norm_weight, gate, up, down)
@@ -66,6 +68,7 @@ def gated_mlp(
 def _check_shapes(x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
     """Raises ValueError unless the layer takes x."""
     check(x.ndim >= 1, "x", "shape [..., H]", x.shape)
+    check_tensor("gate", gate)
     hidden_size, intermediate_size = x.shape[-1], gate.shape[0] if gate.ndim else None
     check_shape("norm_weight", norm_weight, H=hidden_size)
     check_shape("gate", gate, I=None, H=hidden_size)

@@ -10,6 +10,7 @@ from calm_rt.ops.check import (
     check_device,
     check_float,
     check_ids,
+    check_int,
     check_int64,
     check_shape,
     is_autocast_on,
@@ -82,7 +83,8 @@ def linear_cross_entropy(
         check_device(hidden.device, denominator=denominator)
     if max_workspace_bytes is None:
         max_workspace_bytes = WORKSPACE_BYTES.get(hidden.device.type, WORKSPACE_BYTES["cuda"])
-    check(max_workspace_bytes > 0, "max_workspace_bytes", "more than 0", max_workspace_bytes)
+    max_workspace_bytes = check_int("max_workspace_bytes", max_workspace_bytes, 1)
+    ignore_index = check_int("ignore_index", ignore_index, -(2**63))
     count = _count(target, weight.shape[0], ignore_index) if may_look(target) else None
 
     hidden, weight = _one_dtype(hidden, weight)

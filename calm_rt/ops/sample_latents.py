@@ -8,6 +8,7 @@ from calm_rt.ops.check import (
     check,
     check_float,
     check_head,
+    check_int,
     check_shape,
     check_weights_device,
     is_autocast_on,
@@ -49,7 +50,7 @@ def sample_latents(
     check_float("hidden", hidden)
     check_head(weights, hidden.shape[1])
     check_weights_device(hidden.device, weights)
-    check(num_samples >= 1, "num_samples", "at least 1", num_samples)
+    num_samples = check_int("num_samples", num_samples, 1)
     seed, rows = seed_and_rows(seed, rows, hidden.shape[0], hidden.device)
     dtype = hidden.dtype
     if dtype != torch.float64 and is_autocast_on(hidden.device):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from calm_rt import _native, reference
-from calm_rt.ops.check import check, check_int64, check_shape, seed_and_rows
+from calm_rt.ops.check import check, check_int, check_int64, check_shape, seed_and_rows
 
 DTYPES = {"cpu": (torch.int64,), "cuda": (torch.int64,)}
 
@@ -26,13 +26,13 @@ def select_patch(
     Raises ValueError for other shapes or types, an empty pool or n below 1.
     Source: paper algorithm 2, the official CALM.temperature_sampling.
     """
-    if tokens.ndim != 3 or tokens.dtype != torch.int64:  # in a fifth of what the checks take
+    # in a fifth of what the checks take
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.dtype != torch.int64:
         check_shape("tokens", tokens, B=None, S=None, K=None)
         check_int64("tokens", tokens)
     num_rows, pool, _ = tokens.shape
     check(pool >= 1, "tokens", "at least one candidate in shape [B, S, K]", tokens.shape)
-    check(isinstance(n, int) and n >= 1, "n", "an int, at least 1", n)
-    n = min(n, pool)  # no patch can occur more often
+    n = min(check_int("n", n, 1), pool)  # no patch can occur more often
     seed, rows = seed_and_rows(seed, rows, num_rows, tokens.device)
     if not _native.use_native("select_patch", tokens, torch.int64, DTYPES):
         return reference.select_patch(tokens, n, seed, rows)
