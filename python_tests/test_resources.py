@@ -76,6 +76,22 @@ def test_argmax_multiplies_by_warpgroups_on_sm_90a(resources, kernels) -> None:
     assert not re.search(r"\b(LDL|STL)\b", code)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_over_lines_read_ahead(resources, kernels, architecture: str) -> None:
+    """Packs of 48 bytes and more are under way before a thread waits for one of them."""
+    packed = re.compile(r"column_sums_kernelI\w+Lb1E|norm_gradients_kernelI\w+TermsE[12]")
+    symbols = {kernel.symbol for kernel in kernels if packed.search(kernel.symbol)}
+    assert len(symbols) == 13
+    for symbol in symbols:
+        code = resources.dump("--dump-sass", "--gpu-architecture", architecture, "-fun", symbol)
+        steps = re.findall(r"LDG\.E\S*\.(128|256)|\b(?:FADD|FFMA|BRA)\b", code)
+        most = ahead = 0
+        for bits in steps:
+            ahead = ahead + int(bits) // 8 if bits else 0
+            most = max(most, ahead)
+        assert most >= 48, f"{symbol} reads {most} bytes and waits"
+
+
 def test_report_names_every_kernel(kernels) -> None:
     result = subprocess.run([sys.executable, REPORT], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
