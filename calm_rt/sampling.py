@@ -112,8 +112,9 @@ def sample_patches(
         count, in further pools if there is none in the first. If there is none within max_draws, a
         warning says so, and the tokens are put over what the last pool chooses.
     tuples_first: whether the few draws that may decide for a pool are made and decoded before its
-        others. The same patches; cheaper where many contexts are sure (`PatchSample.sure`), dearer
-        where few are, for those draws are made again with the others.
+        others. The same patches, up to the rounding of matrix products, which in float32 is another
+        for few rows than for many. Cheaper where many contexts are sure (`PatchSample.sure`),
+        dearer where few are, for those draws are made again with the others.
     seed: an int, or [] int64.
     rows: [B] int64, row ids, on which a context's draws depend; None for 0, 1, ....
     returns: PatchSample. The draws of a context depend on (seed, row id, number of the draw) only.

@@ -105,6 +105,7 @@ class TokenSequence:
         self.room = options.max_new_tokens  # tokens that may still be drawn
         self.steps = 0
         self.unread = False  # whether the last patch is still to go through the backbone
+        self.sure_share = 0.0  # of its last steps, what tuples decided; the engine's to keep
         self.error: str | None = None
         self.last_patch = self.context[-config.patch_size :]
         self._patch_size, self._eos_id, self._stop = config.patch_size, config.eos_token_id, stop

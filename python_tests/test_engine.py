@@ -151,6 +151,22 @@ def test_batch_invariant_texts_are_the_same_bit_for_bit(single, recorded, temper
             assert torch.equal(hidden, first[row][0]) and torch.equal(patch, first[row][1])
 
 
+def test_batch_invariant_sequences_try_tuples_by_their_own_history():
+    """What tuples decided for others must not say how many rows the products of this one have."""
+    sure = build_model(hidden_size=96, intermediate_size=160)
+    last = sure.generative_head.final_layer.linears[2]
+    with torch.no_grad():  # latents near one point, so that draws repeat
+        last.weight.mul_(0.1)
+        last.bias.normal_(generator=torch.Generator().manual_seed(0))
+    prompts, names = prompts_of_mixed_lengths(), range(8)
+    options = {"max_new_tokens": 60, "temperature": "1/2", "num_candidates": 200}
+    generator = Generator(sure.float(), batch_invariant=True)
+    together = generator.generate(prompts, **options)
+    alone = [generator.generate([prompts[i]], sequence_ids=[i], **options)[0] for i in names]
+    assert [(g.ids, g.draws) for g in together] == [(g.ids, g.draws) for g in alone]
+    assert len({g.draws for g in alone}) > 3  # some came to try them first, not all at once
+
+
 # ---- failures ----
 
 
