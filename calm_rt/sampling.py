@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calm_rt import ops
 from calm_rt.draws import Draws
+from calm_rt.matches import gather_matches
 from calm_rt.nn import Calm
 from calm_rt.ops.check import check, check_device, check_int64, check_shape, may_look, seed_and_rows
 from calm_rt.pool import vote
@@ -108,9 +109,11 @@ def sample_patches(
     on_budget: what follows when algorithm 1 has made max_draws: "raise", or "pool" to let a new
         pool choose, at the 1/n with n nearest to 1/T (then exact is False).
     prefix: [B, K] int64, known first tokens of each patch, -1 where it is free. The patch comes
-        from the conditional distribution at the temperature: only draws that begin with the tokens
-        count, in further pools if there is none in the first. If there is none within max_draws, a
-        warning says so, and the tokens are put over what the last pool chooses.
+        from the conditional distribution at the temperature: a pool is num_candidates draws that
+        begin with the tokens, gathered over rounds of num_candidates draws (T = 1 takes the first
+        that does). Where max_draws end the search before, those found are the pool: the fewer they
+        are the nearer it comes to T = 1, which is what a single one gives. If there is none, a
+        warning says so, and the tokens are put over what a pool of any draws chooses.
     tuples_first: whether the few draws that may decide for a pool are made and decoded before its
         others. The same patches, up to the rounding of matrix products, which in float32 is another
         for few rows than for many. Cheaper where many contexts are sure (`PatchSample.sure`),
@@ -136,6 +139,7 @@ def sample_patches(
         return PatchSample(patches, draws, draws * patches.shape[1], draws > 0, draws < 0)
 
     largest = num_candidates if method == "pool" else max(num_candidates, LARGEST_ROUND)
+    largest *= 1 if prefix is None else 2  # a round, and what is kept of those before
     contexts, parts = torch.arange(len(rows), device=rows.device), []
     for part in contexts.split(contexts_at_once(model, largest)):
         draws = Draws(model, hidden[part], seed, rows[part])
@@ -249,34 +253,20 @@ def _sample_by_vote(
 def _sample_behind(
     draws: Draws, n: int, num_candidates: int, max_draws: int, prefix: Tensor, first_round: int
 ) -> PatchSample:
-    """The vote of the candidates that begin with known tokens, in further rounds if none does."""
-    sample, number = _no_sample(draws), first_round
-    active = torch.arange(len(draws.rows), device=draws.rows.device)
-    while True:
-        some = draws.of(active)
-        states = some.draw(number, num_candidates)
-        choice = vote(some, states, n, prefix[active])
-        sample.patches[active] = choice.patches
-        sample.exact[active] = choice.matched
-        sample.draws[active] += num_candidates
-        sample.slots[active] += choice.slots
-        number += 1
-        missing = ~choice.matched
-        active = active[missing]
-        if not len(active):
-            return sample
-        if (number - first_round + 1) * num_candidates > max_draws:
-            break
-    warnings.warn(
-        f"prefix: no draw of {number * num_candidates} begins with them in {len(active)} of "
-        f"{len(draws.rows)} contexts with known tokens; they are put over another patch",
-        stacklevel=4,
-    )
-    choice = vote(draws.of(active), states[missing], n)
-    known = prefix[active]
-    sample.patches[active] = torch.where(known < 0, choice.patches, known)
-    sample.slots[active] += choice.slots
-    return sample
+    """The vote of candidates that begin with known tokens; at T = 1 the first of them."""
+    wanted = num_candidates if n > 1 else 1
+    known = gather_matches(draws, prefix, wanted, num_candidates, max_draws, first_round)
+    choice = vote(draws, known.states, n, tokens=known.tokens, alive=known.alive())
+    matched = known.found > 0
+    if not matched.all():
+        warnings.warn(
+            f"prefix: no draw of {max_draws} begins with them in {int((~matched).sum())} of "
+            f"{len(matched)} contexts with known tokens; they are put over another patch",
+            stacklevel=4,
+        )
+    patches = torch.where(prefix < 0, choice.patches, prefix)
+    slots = known.slots + choice.slots
+    return PatchSample(patches, known.draws, slots, matched, torch.zeros_like(matched))
 
 
 def _level(temperature: Fraction, num_candidates: int) -> int:
