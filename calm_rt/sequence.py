@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from calm_rt.data import Tokenizer
+from calm_rt.data import TextStream, Tokenizer
 from calm_rt.nn import CalmConfig
 from calm_rt.ops.check import check
 from calm_rt.sampling import MAX_DRAWS
 
 PROMPTS = ("align", "constrain")
+# Tokens of a prompt that its continuation is decoded behind: a character has four bytes at most,
+# and some text in these means that the space before a text's first word has been.
+DECODED_BEFORE = 32
 
 
 class Sampling(NamedTuple):
@@ -57,7 +60,7 @@ class GenerationOptions:
 class Generation:
     """What one prompt was continued with."""
 
-    text: str | None  # the continuation, without EOS and stop text; None without a tokenizer
+    text: str | None  # what follows the prompt, without EOS and stop; None without a tokenizer
     ids: list[int]  # the new tokens, a drawn EOS included; at most max_new_tokens
     finished: bool  # True after EOS or a stop text, False where max_new_tokens or an error ended it
     steps: int  # patches drawn for this sequence
@@ -109,7 +112,7 @@ class TokenSequence:
         self.error: str | None = None
         self.last_patch = self.context[-config.patch_size :]
         self._patch_size, self._eos_id, self._stop = config.patch_size, config.eos_token_id, stop
-        self._decoder = tokenizer.stream() if tokenizer else None
+        self._decoder = _decoder_behind(ids, tokenizer) if tokenizer else None
         self._ids: list[int] = []
         self._text = ""  # decoded so far, in whole characters
         self._sent = 0  # characters of it already streamed
@@ -207,6 +210,15 @@ def _token_ids(
     wrong = next((token for token in ids if not 0 <= token < config.vocab_size), None)
     check(wrong is None, "prompts", f"token ids in [0, {config.vocab_size})", wrong)
     return ids
+
+
+def _decoder_behind(ids: list[int], tokenizer: Tokenizer) -> TextStream:
+    """A decoder of what follows a prompt, whose own text it has given already."""
+    decoder = tokenizer.stream()
+    for token in ids[-DECODED_BEFORE:]:
+        if token < tokenizer.vocab_size:
+            decoder.step(token)
+    return decoder
 
 
 def _split_prompt(ids: list[int], mode: str, config: CalmConfig) -> tuple[list[int], list[int]]:
