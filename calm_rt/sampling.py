@@ -43,7 +43,13 @@ class PatchSample(NamedTuple):
     draws: Tensor  # [B] int64, vectors that the head drew for each context
     slots: Tensor  # [B] int64, tokens decoded for it; all of them would be draws * K
     exact: Tensor  # [B] bool, of p^(1/T) / Z: algorithm 1 or T = 1; False where a pool chose
+    trials: Tensor  # [B] int64, of algorithm 1, 0 without it: one in so many was accepted
+    calls: Tensor  # [B] int64, its calls of the sampler, as the paper's theorem 2 counts them
+    spared: Tensor  # [B] int64, those of them that no draw was needed for, after a first difference
     sure: Tensor  # [B] bool, a tuple of a pool's first draws was equal, which decided
+
+
+_COUNTS = ("draws", "slots", "trials", "calls", "spared")
 
 
 class BudgetError(RuntimeError):
@@ -135,8 +141,17 @@ def sample_patches(
     seed, rows = seed_and_rows(seed, rows, len(hidden), hidden.device)
     if temperature == 1 and prefix is None:
         patches = sample_whole(model, hidden, temperature, 1, seed, rows)
-        draws = torch.ones_like(rows)
-        return PatchSample(patches, draws, draws * patches.shape[1], draws > 0, draws < 0)
+        one, none = torch.ones_like(rows), torch.zeros_like(rows)
+        return PatchSample(
+            patches=patches,
+            draws=one,
+            slots=one * patches.shape[1],
+            exact=one > 0,
+            trials=none,
+            calls=none,
+            spared=none,
+            sure=none > 0,
+        )
 
     largest = num_candidates if method == "pool" else max(num_candidates, LARGEST_ROUND)
     largest *= 1 if prefix is None else 2  # a round, and what is kept of those before
@@ -228,9 +243,9 @@ def _sample_freely(
         return _sample_by_vote(draws, n, num_candidates, number, tuples)
     tokens = draws.whole_patches(number, tuples.drawn)  # [B, T n, K]
     found, chosen = tuples.find(tokens)
-    drawn = torch.full_like(draws.rows, tuples.drawn)
-    patches, exact = _pick(tokens, chosen), torch.zeros_like(found)
-    sample = PatchSample(patches, drawn, drawn * draws.patch_size, exact, found)
+    sample = _no_sample(draws)._replace(patches=_pick(tokens, chosen), sure=found)
+    sample.draws.fill_(tuples.drawn)
+    sample.slots.fill_(tuples.drawn * draws.patch_size)
     missing = (~found).nonzero().squeeze(1)
     if len(missing):
         _put(sample, missing, _sample_by_vote(draws.of(missing), n, num_candidates, number))
@@ -241,13 +256,15 @@ def _sample_by_vote(
     draws: Draws, n: int, num_candidates: int, number: int, tuples: Tuples | None = None
 ) -> PatchSample:
     """The vote of a whole round, where no tuple decides.  tuples: those that are not tried yet."""
-    drawn = torch.full_like(draws.rows, num_candidates)
-    exact = torch.ones_like(drawn, dtype=torch.bool)
+    sample = _no_sample(draws)
+    sample.draws.fill_(num_candidates)
+    sample.exact.fill_(True)
     if n > 1 and decodes_whole(draws, num_candidates):
         patches, sure = _choose(draws, draws.whole_patches(number, num_candidates), n, tuples)
-        return PatchSample(patches, drawn, drawn * draws.patch_size, exact, sure)
+        sample.slots.fill_(num_candidates * draws.patch_size)
+        return sample._replace(patches=patches, sure=sure)
     choice = vote(draws, draws.draw(number, num_candidates), n, tuples=tuples)
-    return PatchSample(choice.patches, drawn, choice.slots, exact, choice.sure)
+    return sample._replace(patches=choice.patches, slots=choice.slots, sure=choice.sure)
 
 
 def _sample_behind(
@@ -266,7 +283,8 @@ def _sample_behind(
         )
     patches = torch.where(prefix < 0, choice.patches, prefix)
     slots = known.slots + choice.slots
-    return PatchSample(patches, known.draws, slots, matched, torch.zeros_like(matched))
+    sample = _no_sample(draws)._replace(patches=patches, draws=known.draws, slots=slots)
+    return sample._replace(exact=matched)
 
 
 def _level(temperature: Fraction, num_candidates: int) -> int:
@@ -298,8 +316,8 @@ def sample_by_rejection(
 ) -> PatchSample:
     """Algorithm 1 on all contexts; see `sample_patches`."""
     result = reject(draws, temperature, max_draws, prefix)
-    sure = torch.zeros_like(result.found)
-    sample = PatchSample(result.patches, result.draws, result.slots, result.found, sure)
+    counts = {name: getattr(result, name) for name in _COUNTS}
+    sample = _no_sample(draws)._replace(patches=result.patches, exact=result.found, **counts)
     missing = (~result.found).nonzero().squeeze(1)
     if not len(missing):
         return sample
@@ -323,16 +341,16 @@ def sample_by_rejection(
 def _no_sample(draws: Draws) -> PatchSample:
     """Nothing drawn yet, to be filled in."""
     patches = draws.rows.new_full((len(draws.rows), draws.patch_size), -1)
-    counts = draws.rows.new_zeros(2, len(draws.rows))
-    flags = torch.zeros_like(counts, dtype=torch.bool)
-    return PatchSample(patches, *counts, *flags)
+    counts = dict(zip(_COUNTS, draws.rows.new_zeros(len(_COUNTS), len(draws.rows)), strict=True))
+    exact, sure = torch.zeros(2, len(draws.rows), dtype=torch.bool, device=patches.device)
+    return PatchSample(patches=patches, exact=exact, sure=sure, **counts)
 
 
 def _put(sample: PatchSample, contexts: Tensor, rest: PatchSample) -> None:
     """Gives some contexts their patches, and adds what those took.  contexts: [C] int64."""
     sample.patches[contexts] = rest.patches
-    sample.draws[contexts] += rest.draws
-    sample.slots[contexts] += rest.slots
+    for name in _COUNTS:
+        getattr(sample, name)[contexts] += getattr(rest, name)
     sample.exact[contexts], sample.sure[contexts] = rest.exact, rest.sure
 
 

@@ -68,6 +68,9 @@ class Generation:
     draws: int  # vectors that the head drew for it
     decoded_share: float  # tokens decoded for it, of the draws x K of the full arithmetic
     exact: bool  # whether every patch has exactly the distribution asked for
+    acceptance: float | None  # of algorithm 1, patches found / trials; None without a trial
+    calls: int  # of the sampler by algorithm 1, as the paper's theorem 2 counts them
+    spared: int  # those of them that took no draw, as stage one ends at a first difference
     error: str | None = None  # why it ended early; what was drawn before is here
 
 
@@ -119,6 +122,7 @@ class TokenSequence:
         self._ended = False  # by EOS or a stop text
         self._start, self._seconds = 0.0, 0.0
         self._draws, self._slots, self._exact = 0, 0, True
+        self._accepted, self._trials, self._calls, self._spared = 0, 0, 0, 0
 
     @property
     def finished(self) -> bool:
@@ -140,15 +144,27 @@ class TokenSequence:
         """The clock of this sequence starts."""
         self._start = time.perf_counter()
 
-    def extend(self, patch: list[int], draws: int, slots: int, exact: bool) -> None:
+    def extend(
+        self,
+        patch: list[int],
+        draws: int,
+        slots: int,
+        exact: bool,
+        trials: int = 0,
+        calls: int = 0,
+        spared: int = 0,
+    ) -> None:
         """Appends the tokens of a drawn patch up to EOS, a stop text or max_new_tokens.
 
-        patch: [K], beginning with the known tokens.  draws, slots, exact: see `PatchSample`.
+        patch: [K], beginning with the known tokens.  Others: see `PatchSample`.
         """
         known = len(self.known)
         self.steps, self.last_patch, self.unread = self.steps + 1, patch, True
         self._draws, self._slots = self._draws + draws, self._slots + slots
         self._exact = self._exact and exact
+        self._accepted += exact and trials > 0
+        self._trials, self._calls = self._trials + trials, self._calls + calls
+        self._spared += spared
         for token in patch[known : known + self.room]:
             self._ids.append(token)
             self.room -= 1
@@ -182,6 +198,9 @@ class TokenSequence:
             draws=self._draws,
             decoded_share=self._slots / max(1, self._draws * self._patch_size),
             exact=self._exact,
+            acceptance=self._accepted / self._trials if self._trials else None,
+            calls=self._calls,
+            spared=self._spared,
             error=self.error,
         )
 

@@ -26,6 +26,10 @@ def test_generate(folder, capsys):
     assert [r["ids"] for r in again] == [r["ids"] for r in results]
     plain = output_of(capsys, *both, "--temperature", "1/2")
     assert all(r["prompt"] + r["text"] in plain for r in results)
+    options = ["--temperature", "0.9", "--method", "exact", "--max-draws", 50, "--json"]
+    exact = lines_of(capsys, *both, *options, "--on-budget", "pool")
+    assert all(0 <= r["acceptance"] <= 1 and r["calls"] > r["spared"] >= 0 for r in exact)
+    assert all(r["acceptance"] is None for r in results)
     [first] = lines_of(capsys, *command, "--prompt", "The cat", "--json")
     streamed = output_of(capsys, *command, "--prompt", "The cat", "--stream")
     assert streamed == first["prompt"] + first["text"] + "\n"

@@ -336,6 +336,28 @@ def test_statistics(model):
     assert (none.steps, none.draws, none.seconds, none.ids) == (0, 0, 0, [])
 
 
+def test_what_algorithm_1_took_is_reported(model, monkeypatch):
+    """Sums over the patches of a text; a patch that a pool chose was not accepted."""
+    samples = []
+
+    def draw(*arguments, **options):
+        samples.append(sample_patches(*arguments, **options))
+        return samples[-1]
+
+    monkeypatch.setattr(engine, "sample_patches", draw)
+    options = {"max_new_tokens": 22, "temperature": "0.4", "num_candidates": 30}
+    exact = options | {"method": "exact", "max_draws": 150, "on_budget": "pool"}
+    [result] = Generator(model).generate([[1, 2]], **exact)
+    for name in ("draws", "calls", "spared"):
+        assert getattr(result, name) == sum(int(getattr(sample, name)) for sample in samples)
+    trials = sum(int(sample.trials) for sample in samples)
+    accepted = sum(bool(sample.exact) for sample in samples)
+    assert 0 < accepted < len(samples) == result.steps  # both ways were taken
+    assert result.acceptance == accepted / trials and result.calls >= 2 * trials
+    [pool] = Generator(model).generate([[1, 2]], **options | {"temperature": "1/2"})
+    assert (pool.acceptance, pool.calls, pool.spared) == (None, 0, 0)
+
+
 def test_slots_of_a_cache_share_its_memory(model):
     cache = KVCache(model.config, 3, 4, torch.float64)
     ids = torch.arange(24).view(2, 12) % 20

@@ -83,7 +83,9 @@ def scripted(monkeypatch, model):
                 patches.append(patch + [EOS] + [65] * (PATCH - len(patch) - 1))
             count, every = torch.ones_like(rows), torch.ones_like(rows, dtype=torch.bool)
             patches = torch.tensor([patch[:PATCH] for patch in patches]).view(-1, PATCH)
-            return PatchSample(patches, count, PATCH * count, every, ~every)
+            counts = dict.fromkeys(("trials", "calls", "spared"), 0 * count)
+            counts |= {"draws": count, "slots": PATCH * count}
+            return PatchSample(patches=patches, exact=every, sure=~every, **counts)
 
         for module in (engine, generation):
             monkeypatch.setattr(module, "sample_patches", draw)
