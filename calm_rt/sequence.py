@@ -12,7 +12,7 @@ from typing import NamedTuple
 from calm_rt.data import TextStream, Tokenizer
 from calm_rt.nn import CalmConfig
 from calm_rt.ops.check import check
-from calm_rt.sampling import MAX_DRAWS
+from calm_rt.sampling import MAX_DRAWS, parse_temperature
 
 PROMPTS = ("align", "constrain")
 # Tokens of a prompt that its continuation is decoded behind: a character has four bytes at most,
@@ -66,7 +66,8 @@ class Generation:
     steps: int  # patches drawn for this sequence
     seconds: float  # from the first look at its prompt to its last patch
     draws: int  # vectors that the head drew for it
-    decoded_share: float  # tokens decoded for it, of the draws x K of the full arithmetic
+    decoded_share: float  # tokens decoded for it, of those that the algorithm decodes as written:
+    # num_candidates x K a pool; every draw's K where there is none, or known tokens were looked for
     exact: bool  # whether every patch has exactly the distribution asked for
     acceptance: float | None  # of algorithm 1, patches found / trials; None without a trial
     calls: int  # of the sampler by algorithm 1, as the paper's theorem 2 counts them
@@ -121,7 +122,9 @@ class TokenSequence:
         self._sent = 0  # characters of it already streamed
         self._ended = False  # by EOS or a stop text
         self._start, self._seconds = 0.0, 0.0
-        self._draws, self._slots, self._exact = 0, 0, True
+        self._draws, self._slots, self._full, self._exact = 0, 0, 0, True
+        pools = self.sampling.method == "pool" and parse_temperature(self.sampling.temperature) != 1
+        self._pool = self.sampling.num_candidates if pools else None  # draws of a free patch
         self._accepted, self._trials, self._calls, self._spared = 0, 0, 0, 0
 
     @property
@@ -161,6 +164,8 @@ class TokenSequence:
         known = len(self.known)
         self.steps, self.last_patch, self.unread = self.steps + 1, patch, True
         self._draws, self._slots = self._draws + draws, self._slots + slots
+        full = draws if known or self._pool is None else self._pool
+        self._full += full * self._patch_size
         self._exact = self._exact and exact
         self._accepted += exact and trials > 0
         self._trials, self._calls = self._trials + trials, self._calls + calls
@@ -196,7 +201,7 @@ class TokenSequence:
             steps=self.steps,
             seconds=self._seconds,
             draws=self._draws,
-            decoded_share=self._slots / max(1, self._draws * self._patch_size),
+            decoded_share=self._slots / max(1, self._full),
             exact=self._exact,
             acceptance=self._accepted / self._trials if self._trials else None,
             calls=self._calls,

@@ -97,3 +97,23 @@ def test_prompts_without_text_begin_one(spaced):
     ids = spaced.encode("cat")
     for prompt in ([], [spaced.bos_id], [spaced.vocab_size + 5]):
         assert sequence_of(ids, prompt, spaced).result().text == "cat"
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "drawn", "share"),
+    [
+        ({"temperature": "1/2"}, [], [(8, 16), (8, 16)], 8 / 200),  # tuples decided
+        ({"temperature": "1/2"}, [], [(208, 416)], 208 / 200),  # they did not
+        ({"temperature": 0}, [], [(200, 300), (200, 100)], 1 / 2),
+        ({}, [], [(1, 2), (1, 2)], 1),
+        ({"temperature": "1/2", "prompt": "constrain"}, [7], [(600, 300), (8, 16)], 316 / 1600),
+        ({"temperature": "1/3", "method": "exact"}, [], [(96, 96), (32, 64)], 160 / 256),
+    ],
+)
+def test_decoded_share_is_one_of_the_whole_algorithm(options, prompt, drawn, share):
+    config = CalmConfig(hidden_size=16, num_attention_heads=2, patch_size=2, vocab_size=100)
+    options = GenerationOptions(max_new_tokens=4, **options)
+    sequence = TokenSequence(prompt, 0, options, config, None)
+    for draws, slots in drawn:
+        sequence.extend([7, 8], draws, slots, False)
+    assert sequence.result().decoded_share == pytest.approx(share)
