@@ -195,6 +195,22 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(model, hidden, tempera
             assert torch.equal(alone.draws, together.draws[order])
 
 
+@pytest.mark.parametrize("temperature", [0, "1/2", "1/3"])
+@pytest.mark.parametrize("first", [False, True], ids=["pool", "tuples first"])
+def test_lazy_pools_choose_what_whole_ones_choose(model, hidden, monkeypatch, temperature, first):
+    """On a model, and in float64, where no rounding depends on who is decoded together."""
+    many, options = hidden.repeat(40, 1), {"temperature": temperature, "tuples_first": first}
+    samples = []
+    for smallest in (0, 1 << 62):
+        monkeypatch.setattr(sampling, "WHOLE_SEARCH", smallest)
+        samples.append(sample_patches(model, many, seed=3, **options))
+    lazy, whole = samples
+    for field in ("patches", "draws", "sure", "exact"):
+        assert torch.equal(getattr(lazy, field), getattr(whole, field))
+    assert (lazy.slots <= whole.slots).all() and (lazy.slots < whole.slots).any()
+    assert len(lazy.patches.unique(dim=0)) > 1 and lazy.sure.any() == (temperature != 0)
+
+
 @pytest.mark.parametrize("method", ["pool", "exact"])
 def test_contexts_that_do_not_fit_wait(model, hidden, monkeypatch, method):
     options = {"temperature": "1/2", "num_candidates": 30, "seed": 2, "method": method}
