@@ -116,7 +116,8 @@ class Generator:
         prompt: what happens where a prompt is no whole number of patches. "align": BOS tokens (EOS
             where the model has none) fill its first patch, as at the start of a document.
             "constrain": its left-over tokens are known of the first new patch, which is drawn to
-            begin with them. An empty prompt is one patch of BOS.
+            begin with them; where no draw does, a warning and `Generation.constrained` say so. An
+            empty prompt is one patch of BOS.
         sequence_ids: one number below 2^31 a prompt, its name for the random numbers; None for
             0, 1, ....
         returns: one Generation a prompt, in order.

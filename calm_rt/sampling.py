@@ -43,6 +43,7 @@ class PatchSample(NamedTuple):
     draws: Tensor  # [B] int64, vectors that the head drew for each context
     slots: Tensor  # [B] int64, tokens decoded for it; all of them would be draws * K
     exact: Tensor  # [B] bool, of p^(1/T) / Z: algorithm 1 or T = 1; False where a pool chose
+    matched: Tensor  # [B] bool, no known token had to be put over another patch
     trials: Tensor  # [B] int64, of algorithm 1, 0 without it: one in so many was accepted
     calls: Tensor  # [B] int64, its calls of the sampler, as the paper's theorem 2 counts them
     spared: Tensor  # [B] int64, those of them that no draw was needed for, after a first difference
@@ -50,6 +51,7 @@ class PatchSample(NamedTuple):
 
 
 _COUNTS = ("draws", "slots", "trials", "calls", "spared")
+_FLAGS = ("exact", "matched", "sure")
 
 
 class BudgetError(RuntimeError):
@@ -119,7 +121,7 @@ def sample_patches(
         begin with the tokens, gathered over rounds of num_candidates draws (T = 1 takes the first
         that does). Where max_draws end the search before, those found are the pool: the fewer they
         are the nearer it comes to T = 1, which is what a single one gives. If there is none, a
-        warning says so, and the tokens are put over what a pool of any draws chooses.
+        warning and `matched` say so, and the tokens are put over what a pool of any draws chooses.
     tuples_first: whether the few draws that may decide for a pool are made and decoded before its
         others. The same patches, up to the rounding of matrix products, which in float32 is another
         for few rows than for many. Cheaper where many contexts are sure (`PatchSample.sure`),
@@ -147,6 +149,7 @@ def sample_patches(
             draws=one,
             slots=one * patches.shape[1],
             exact=one > 0,
+            matched=one > 0,
             trials=none,
             calls=none,
             spared=none,
@@ -276,15 +279,17 @@ def _sample_behind(
     choice = vote(draws, known.states, n, tokens=known.tokens, alive=known.alive())
     matched = known.found > 0
     if not matched.all():
+        rows = draws.rows[~matched].tolist()
         warnings.warn(
-            f"prefix: no draw of {max_draws} begins with them in {int((~matched).sum())} of "
-            f"{len(matched)} contexts with known tokens; they are put over another patch",
+            f"prefix: no draw of {max_draws} begins with them in {len(rows)} of {len(matched)} "
+            f"contexts with known tokens, with row ids {_some(rows)}; they are put over another "
+            "patch",
             stacklevel=4,
         )
     patches = torch.where(prefix < 0, choice.patches, prefix)
     slots = known.slots + choice.slots
     sample = _no_sample(draws)._replace(patches=patches, draws=known.draws, slots=slots)
-    return sample._replace(exact=matched)
+    return sample._replace(exact=matched, matched=matched.clone())
 
 
 def _level(temperature: Fraction, num_candidates: int) -> int:
@@ -342,8 +347,10 @@ def _no_sample(draws: Draws) -> PatchSample:
     """Nothing drawn yet, to be filled in."""
     patches = draws.rows.new_full((len(draws.rows), draws.patch_size), -1)
     counts = dict(zip(_COUNTS, draws.rows.new_zeros(len(_COUNTS), len(draws.rows)), strict=True))
-    exact, sure = torch.zeros(2, len(draws.rows), dtype=torch.bool, device=patches.device)
-    return PatchSample(patches=patches, exact=exact, sure=sure, **counts)
+    flags = torch.zeros(3, len(draws.rows), dtype=torch.bool, device=patches.device)
+    flags = dict(zip(_FLAGS, flags, strict=True))
+    flags["matched"].fill_(True)
+    return PatchSample(patches=patches, **flags, **counts)
 
 
 def _put(sample: PatchSample, contexts: Tensor, rest: PatchSample) -> None:
@@ -351,7 +358,12 @@ def _put(sample: PatchSample, contexts: Tensor, rest: PatchSample) -> None:
     sample.patches[contexts] = rest.patches
     for name in _COUNTS:
         getattr(sample, name)[contexts] += getattr(rest, name)
-    sample.exact[contexts], sample.sure[contexts] = rest.exact, rest.sure
+    for name in _FLAGS:
+        getattr(sample, name)[contexts] = getattr(rest, name)
+
+
+def _some(values: list[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
 
 
 def _shortly(value: Fraction) -> str:

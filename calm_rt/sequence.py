@@ -69,6 +69,8 @@ class Generation:
     decoded_share: float  # tokens decoded for it, of those that the algorithm decodes as written:
     # num_candidates x K a pool; every draw's K where there is none, or known tokens were looked for
     exact: bool  # whether every patch has exactly the distribution asked for
+    constrained: bool  # False where no draw began with the prompt's left-over tokens, so that they
+    # were put over another patch
     acceptance: float | None  # of algorithm 1, patches found / trials; None without a trial
     calls: int  # of the sampler by algorithm 1, as the paper's theorem 2 counts them
     spared: int  # those of them that took no draw, as stage one ends at a first difference
@@ -125,6 +127,7 @@ class TokenSequence:
         self._draws, self._slots, self._full, self._exact = 0, 0, 0, True
         pools = self.sampling.method == "pool" and parse_temperature(self.sampling.temperature) != 1
         self._pool = self.sampling.num_candidates if pools else None  # draws of a free patch
+        self._matched = True
         self._accepted, self._trials, self._calls, self._spared = 0, 0, 0, 0
 
     @property
@@ -153,6 +156,7 @@ class TokenSequence:
         draws: int,
         slots: int,
         exact: bool,
+        matched: bool = True,
         trials: int = 0,
         calls: int = 0,
         spared: int = 0,
@@ -167,6 +171,7 @@ class TokenSequence:
         full = draws if known or self._pool is None else self._pool
         self._full += full * self._patch_size
         self._exact = self._exact and exact
+        self._matched = self._matched and matched
         self._accepted += exact and trials > 0
         self._trials, self._calls = self._trials + trials, self._calls + calls
         self._spared += spared
@@ -203,6 +208,7 @@ class TokenSequence:
             draws=self._draws,
             decoded_share=self._slots / max(1, self._full),
             exact=self._exact,
+            constrained=self._matched,
             acceptance=self._accepted / self._trials if self._trials else None,
             calls=self._calls,
             spared=self._spared,

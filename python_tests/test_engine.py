@@ -317,9 +317,11 @@ def test_a_constrained_prompt_without_whole_patch_needs_bos():
     with pytest.raises(ValueError, match="whole patches"):
         Generator(without).generate([[1, 2, 3]], max_new_tokens=4, prompt="constrain")
     options = {"max_new_tokens": 3, "num_candidates": 2, "max_draws": 2}
-    with pytest.warns(UserWarning, match="prefix"):
-        [result] = Generator(without).generate([[1] * 7], prompt="constrain", **options)
-    assert len(result.ids) == 3 and result.steps == 2
+    with pytest.warns(UserWarning, match=f"prefix.* row ids {3 << 32};"):
+        bound = {"prompt": "constrain", "sequence_ids": [3]}
+        [result] = Generator(without).generate([[1] * 7], **bound, **options)
+    assert len(result.ids) == 3 and result.steps == 2 and not result.constrained
+    assert Generator(without).generate([[1] * 4], **options)[0].constrained
 
 
 # ---- statistics and the cache ----

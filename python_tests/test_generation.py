@@ -85,7 +85,7 @@ def scripted(monkeypatch, model):
             patches = torch.tensor([patch[:PATCH] for patch in patches]).view(-1, PATCH)
             counts = dict.fromkeys(("trials", "calls", "spared"), 0 * count)
             counts |= {"draws": count, "slots": PATCH * count}
-            return PatchSample(patches=patches, exact=every, sure=~every, **counts)
+            return PatchSample(patches=patches, exact=every, matched=every, sure=~every, **counts)
 
         for module in (engine, generation):
             monkeypatch.setattr(module, "sample_patches", draw)

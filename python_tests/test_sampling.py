@@ -270,7 +270,7 @@ def test_known_tokens_are_kept(model, hidden, temperature, method):
     options = {"temperature": temperature, "method": method, "seed": 5, "rows": ROWS}
     sample = sample_patches(model, hidden, prefix=prefix, **options)
     assert sample.patches[0, 0] == mode[0]
-    assert (sample.exact == (temperature == 1 or method == "exact")).all()
+    assert (sample.exact == (temperature == 1 or method == "exact")).all() and sample.matched.all()
     if temperature != 1:
         free = sample_patches(model, hidden, **options)
         assert torch.equal(sample.patches[1:], free.patches[1:])
@@ -282,8 +282,11 @@ def test_known_tokens_that_no_draw_has(model, hidden):
     token = torch.bincount(drawn[:, 0], minlength=8).argmin()
     prefix = torch.tensor([[int(token), -1], [-1, -1]])
     options = {"temperature": "1/2", "num_candidates": 10, "max_draws": 35, "prefix": prefix}
-    with pytest.warns(UserWarning, match="no draw of 35 begins with them in 1 of 1 contexts"):
-        sample = sample_patches(model, hidden[[0, 1]], **options)
+    message = f"no draw of 35 begins with them in 1 of 1 contexts .*, with row ids {2**33};"
+    rows = torch.tensor([2**33, 5])
+    with pytest.warns(UserWarning, match=message):
+        sample = sample_patches(model, hidden[[0, 1]], rows=rows, **options)
+    assert sample.matched.tolist() == [False, True]
     assert sample.draws.tolist() == [35, 10]
     assert sample.patches[0, 0] == token
     with pytest.raises(BudgetError):
