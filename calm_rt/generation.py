@@ -2,7 +2,7 @@
 or a loop of one's own."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from operator import itemgetter
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from calm_rt.data import Tokenizer
 from calm_rt.engine import PREFILL_CHUNK, Engine
+from calm_rt.integers import whole
 from calm_rt.nn import Calm, screen_decoder
 from calm_rt.ops.check import check
 from calm_rt.sampling import MAX_DRAWS, sample_patches
@@ -69,7 +70,7 @@ class Generator:
             that ends in between wastes what is left of them.
         raises: ValueError for a model or tokenizer that does not fit.
         """
-        check(steps_per_read >= 1, "steps_per_read", "at least 1", steps_per_read)
+        steps_per_read = whole("steps_per_read", steps_per_read, 1)
         kind = "a Calm (a language model, not an autoencoder)"
         check(isinstance(model, Calm), "model", kind, type(model).__name__)
         config = model.config
@@ -78,11 +79,10 @@ class Generator:
             check(
                 tokenizer.vocab_size <= config.vocab_size, "tokenizer", fits, tokenizer.vocab_size
             )
-        check(max_batch_size >= 1, "max_batch_size", "at least 1", max_batch_size)
-        check(prefill_chunk >= 1, "prefill_chunk", "at least 1", prefill_chunk)
+        max_batch_size = whole("max_batch_size", max_batch_size, 1)
+        prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
         limit = config.max_position_embeddings
-        max_patches = limit if max_patches is None else max_patches
-        check(1 <= max_patches <= limit, "max_patches", f"1 to {limit}", max_patches)
+        max_patches = whole("max_patches", limit if max_patches is None else max_patches, 1, limit)
         self.model = model.eval()
         if screen:
             screen_decoder(model.ae_model)
@@ -221,7 +221,11 @@ class Generator:
         """The prompts of a request, all of it checked."""
         listed = "one text (write [prompt])"
         check(not isinstance(prompts, str), "prompts", "a list of prompts", listed)
-        names = range(len(prompts)) if sequence_ids is None else sequence_ids
+        check(isinstance(prompts, Iterable), "prompts", "a list of prompts", repr(prompts))
+        prompts = list(prompts)
+        listed = sequence_ids is None or isinstance(sequence_ids, Iterable)
+        check(listed, "sequence_ids", "a list of numbers", repr(sequence_ids))
+        names = list(range(len(prompts)) if sequence_ids is None else sequence_ids)
         fits = f"one for each of {len(prompts)} prompts"
         check(len(names) == len(prompts), "sequence_ids", fits, len(names))
         settings, config = GenerationOptions(**options), self.model.config

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calm_rt import ops
 from calm_rt.draws import Draws
+from calm_rt.integers import whole
 from calm_rt.matches import gather_matches
 from calm_rt.nn import Calm
 from calm_rt.ops.check import check, check_device, check_int64, check_shape, may_look, seed_and_rows
@@ -30,6 +31,8 @@ POOL_BYTES = 1 << 28  # of draws that are held at once
 # Pools whose search of the vocabulary takes fewer multiplications are decoded whole: deciding what
 # can be spared takes longer, 2 ms where 200 draws of 2 tokens from 1,024 take 1.
 WHOLE_SEARCH = 1 << 30
+# Largest 1 / T of algorithm 1, which counts as many calls a trial; no patch is found near it.
+LARGEST_POWER = 1 << 30
 # 1 / T this close (relative) to an integer is that integer: covers T rounded to float32
 SNAP = 2.0**-20
 
@@ -78,6 +81,9 @@ def parse_temperature(temperature: float | Fraction | str, method: str = "pool")
     if value == 0 and not exact:
         return value
     check(0 < value <= 1, "temperature", expected, temperature)
+    if exact:
+        expected = f'{expected}, at least 2^-30 with method="exact" (0 or 1/n with a pool)'
+        check(value * LARGEST_POWER >= 1, "temperature", expected, repr(temperature))
     n = round(1 / value)
     if abs(n * value - 1) <= SNAP:
         return Fraction(1, n)
@@ -135,8 +141,8 @@ def sample_patches(
     """
     temperature = parse_temperature(temperature, method)
     check_shape("hidden", hidden, B=None, H=model.config.hidden_size)
-    check(num_candidates >= 1, "num_candidates", "at least 1", num_candidates)
-    check(max_draws >= 1, "max_draws", "at least 1", max_draws)
+    num_candidates = whole("num_candidates", num_candidates, 1)
+    max_draws = whole("max_draws", max_draws, 1)
     check(on_budget in ("raise", "pool"), "on_budget", '"raise" or "pool"', repr(on_budget))
     if prefix is not None:
         _check_prefix(model, hidden, prefix)

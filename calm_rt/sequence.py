@@ -3,13 +3,15 @@
 The engine (engine.py) draws patches; here they become tokens and text. Nothing here knows a batch.
 """
 
+import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 from calm_rt.data import TextStream, Tokenizer
+from calm_rt.integers import whole
 from calm_rt.nn import CalmConfig
 from calm_rt.ops.check import check
 from calm_rt.sampling import MAX_DRAWS, parse_temperature
@@ -46,9 +48,13 @@ class GenerationOptions:
     prompt: str = "align"
 
     def __post_init__(self) -> None:
-        count, stop = self.max_new_tokens, self.stop
-        check(isinstance(count, int) and count >= 0, "max_new_tokens", "0 or more", count)
+        for name, least in (("max_new_tokens", 0), ("num_candidates", 1), ("max_draws", 1)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        object.__setattr__(self, "seed", whole("seed", self.seed, -(2**63), 2**63 - 1))
+        stop = self.stop
         check(not isinstance(stop, str), "stop", "a list of texts", f"one text (write [{stop!r}])")
+        texts = isinstance(stop, Iterable) and all(isinstance(text, str) for text in stop)
+        check(texts, "stop", "a list of texts", repr(stop))
         check(all(stop), "stop", "texts that are not empty", list(stop))
         check(self.prompt in PROMPTS, "prompt", f"one of {', '.join(PROMPTS)}", self.prompt)
 
@@ -103,7 +109,7 @@ class TokenSequence:
 
         raises: ValueError for a prompt, id or option that does not fit the model.
         """
-        check(0 <= name < 2**31, "sequence_ids", "numbers in [0, 2^31)", name)
+        name = whole("sequence_ids", name, 0, 2**31 - 1)
         stop = tuple(options.stop)
         check(not stop or tokenizer is not None, "stop", "a tokenizer to look for texts", None)
         ids = _token_ids(prompt, config, tokenizer)
@@ -236,9 +242,16 @@ def _token_ids(
         known = tokenizer is not None
         check(known, "prompts", "token ids, for there is no tokenizer", "a text")
         prompt = tokenizer.encode(prompt)
-    ids = [int(token) for token in prompt]
-    wrong = next((token for token in ids if not 0 <= token < config.vocab_size), None)
-    check(wrong is None, "prompts", f"token ids in [0, {config.vocab_size})", wrong)
+    expected = "texts or lists of token ids"
+    check(isinstance(prompt, Iterable), "prompts", expected, f"{prompt!r} for one of them")
+    ids = []
+    for token in prompt:
+        try:
+            ids.append(operator.index(token))
+        except TypeError:
+            ids.append(-1)
+        good = 0 <= ids[-1] < config.vocab_size
+        check(good, "prompts", f"token ids in [0, {config.vocab_size})", repr(token))
     return ids
 
 

@@ -3,6 +3,7 @@
 import codecs
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -243,7 +244,21 @@ def test_no_prompts(model):
         (["text"], {}, "no tokenizer"),
         ("text", {}, "list of prompts"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
-        ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens"),
+        ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens: expected an int, at least 0, got 1.5"),
+        ([1, 2, 3], {}, "prompts: expected texts or lists of token ids, got 1"),
+        (5, {}, "prompts: expected a list of prompts, got 5"),
+        ([None], {}, "prompts: .* got None"),
+        ([[None]], {}, r"prompts: expected token ids in \[0, 260\), got None"),
+        ([["a"]], {}, "prompts: .* got 'a'"),
+        ([[1.7]], {}, "prompts: .* got 1.7"),
+        ([torch.tensor([1.5])], {}, r"prompts: .* got tensor\(1.5"),
+        ([[1]], {"max_draws": 1.5}, "max_draws: .* got 1.5"),
+        ([[1]], {"seed": 1.5}, "seed: .* got 1.5"),
+        ([[1]], {"stop": None}, "stop: expected a list of texts, got None"),
+        ([[1]], {"stop": [None]}, r"stop: .* got \[None\]"),
+        ([[1]], {"sequence_ids": [3.5]}, "sequence_ids: .* got 3.5"),
+        ([[1]], {"sequence_ids": 3}, "sequence_ids: .* got 3"),
+        ([[1]], {"temperature": 1e-20, "method": "exact"}, "temperature: .* got 1e-20"),
         ([[1]], {"temperature": 0.3}, "nearest are 1/4 and 1/3"),
         ([[1]], {"temperature": 2}, "temperature"),
         ([[1]], {"num_candidates": 0}, "num_candidates"),
@@ -261,6 +276,35 @@ def test_no_prompts(model):
 def test_bad_requests(model, prompts, changes, message):
     with pytest.raises(ValueError, match=message):
         Generator(model).generate(prompts, **({"max_new_tokens": 4} | changes))
+
+
+@pytest.mark.parametrize("wrong", [20.0, "20", None])
+@pytest.mark.parametrize("temperature", [1, "1/2"])
+def test_pools_that_are_no_number(model, wrong, temperature):
+    options = {"num_candidates": wrong, "temperature": temperature}
+    with pytest.raises(ValueError, match=f"num_candidates: expected an int, .* got {wrong!r}"):
+        Generator(model).generate([[1]], max_new_tokens=4, **options)
+    with pytest.raises(ValueError, match=f"num_candidates: expected an int, .* got {wrong!r}"):
+        sample_patches(model, torch.zeros(1, 16).double(), **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["max_batch_size", "max_patches", "prefill_chunk", "steps_per_read"]
+)
+def test_settings_that_are_no_number(model, name):
+    for wrong in (2.5, "2", 0):
+        with pytest.raises(ValueError, match=f"{name}: expected an int, .* got {wrong!r}"):
+            Generator(model, **{name: wrong})
+
+
+def test_integers_of_every_library(model):
+    generator = Generator(model, max_batch_size=np.int64(2), max_patches=torch.tensor(20))
+    options = {"temperature": "1/2", "max_draws": np.int32(50), "num_candidates": np.uint8(5)}
+    numbers = {"max_new_tokens": np.int64(4), "seed": np.int64(3), "sequence_ids": np.arange(2)}
+    results = generator.generate([np.arange(4), torch.arange(4)], **numbers, **options)
+    plain = {"max_new_tokens": 4, "seed": 3, "temperature": "1/2", "num_candidates": 5}
+    expected = Generator(model).generate([[0, 1, 2, 3]] * 2, **plain)
+    assert [result.ids for result in results] == [result.ids for result in expected]
 
 
 def test_foreign_models_and_tokenizers(model):
