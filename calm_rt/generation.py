@@ -92,6 +92,7 @@ class Generator:
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
         self.steps_per_read = steps_per_read
         self._engine: Engine | None = None  # of the loop of one's own
+        self._num_prefilled = 0  # sequences that it has read
 
     def generate(
         self,
@@ -180,15 +181,18 @@ class Generator:
     ) -> list[TokenSequence]:
         """Reads prompts into free slots of this generator's own cache, made at the first call.
 
+        sequence_ids: as for `generate`, but None counts on from call to call (an id is how many
+            sequences were read before), so that a prompt that comes again gets new draws.
         options: those of `generate`; sequences of different options go together.
         returns: the sequences in progress, one a prompt: `finished`, `unsent()` for the new text,
             `result()` for the Generation so far.
         raises: ValueError as `generate`, and where there are fewer than `free_slots`.
         """
-        sequences = self._sequences(prompts, sequence_ids, options)
+        sequences = self._sequences(prompts, sequence_ids, options, self._num_prefilled)
         if self._engine is None:
             self._engine = self._new_engine(self.max_batch_size, self.max_patches)
         self._engine.prefill(sequences)
+        self._num_prefilled += len(sequences)
         return sequences
 
     def step(self) -> list[TokenSequence]:
@@ -217,6 +221,7 @@ class Generator:
         prompts: Sequence[Prompt],
         sequence_ids: Sequence[int] | None,
         options: dict[str, Any],
+        first_id: int = 0,
     ) -> list[TokenSequence]:
         """The prompts of a request, all of it checked."""
         listed = "one text (write [prompt])"
@@ -225,7 +230,8 @@ class Generator:
         prompts = list(prompts)
         listed = sequence_ids is None or isinstance(sequence_ids, Iterable)
         check(listed, "sequence_ids", "a list of numbers", repr(sequence_ids))
-        names = list(range(len(prompts)) if sequence_ids is None else sequence_ids)
+        count_on = ((first_id + index) % 2**31 for index in range(len(prompts)))
+        names = list(count_on if sequence_ids is None else sequence_ids)
         fits = f"one for each of {len(prompts)} prompts"
         check(len(names) == len(prompts), "sequence_ids", fits, len(names))
         settings, config = GenerationOptions(**options), self.model.config

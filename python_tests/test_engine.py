@@ -267,6 +267,23 @@ def test_release_frees_a_slot_in_the_middle(model, alone):
         assert sequences[place].result().ids == alone[name]
 
 
+def test_prompts_that_come_again_get_new_draws(model):
+    """Ids count on from call to call; a call that fails takes none."""
+    generator, options = Generator(model, max_batch_size=4), {"max_new_tokens": 12}
+    sequences = generator.prefill([[1], [1]], **options)
+    with pytest.raises(ValueError, match="free slots"):
+        generator.prefill([[1]] * 5, **options)
+    sequences += generator.prefill([[1]], sequence_ids=[40], **options)
+    sequences += generator.prefill([[1]], **options)
+    while generator.step():
+        pass
+    ids = [0, 1, 40, 3]
+    assert [sequence.name for sequence in sequences] == ids
+    expected = generator.generate([[1]] * 4, sequence_ids=ids, **options)
+    assert [sequence.result().ids for sequence in sequences] == [g.ids for g in expected]
+    assert len({tuple(g.ids) for g in expected}) == 4
+
+
 def test_bad_engines(model):
     for name, value in (("max_batch_size", 0), ("prefill_chunk", 0), ("max_patches", 41)):
         with pytest.raises(ValueError, match=f"{name}: expected .* got {value}"):
