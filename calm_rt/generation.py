@@ -79,6 +79,9 @@ class Generator:
             check(
                 tokenizer.vocab_size <= config.vocab_size, "tokenizer", fits, tokenizer.vocab_size
             )
+            ends = config.eos_token_id, tokenizer.eos_id
+            fits = f"one whose eos_id is the model's config.eos_token_id = {ends[0]}"
+            check(None in ends or ends[0] == ends[1], "tokenizer", fits, f"eos_id = {ends[1]}")
         max_batch_size = whole("max_batch_size", max_batch_size, 1)
         prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
         limit = config.max_position_embeddings

@@ -313,6 +313,11 @@ def test_foreign_models_and_tokenizers(model):
     small = build_model(vocab_size=259)
     with pytest.raises(ValueError, match="use the tokenizer it was trained with"):
         Generator(small, Bytes())
+    other = build_model(eos_token_id=3)
+    message = f"tokenizer: .*config.eos_token_id = 3, got eos_id = {EOS}"
+    with pytest.raises(ValueError, match=message):
+        Generator(other, Bytes())
+    Generator(build_model(eos_token_id=None), Bytes())
 
 
 def test_damaged_weights_are_reported():
