@@ -108,7 +108,7 @@ class Generator:
         max_draws: int = MAX_DRAWS,
         on_budget: str = "raise",
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: Sequence[str | Sequence[int]] = (),
         prompt: str = "align",
         sequence_ids: Sequence[int] | None = None,
     ) -> list[Generation]:
@@ -116,7 +116,8 @@ class Generator:
 
         prompts: texts, or lists of token ids (the only kind without a tokenizer), of any lengths.
         temperature, num_candidates, method, max_draws, on_budget: see `sample_patches`.
-        stop: texts that end a sequence; they are left out of its text.
+        stop: texts, or lists of token ids, that end a sequence; they are left out of its text, and
+            stand in its ids.
         prompt: what happens where a prompt is no whole number of patches. "align": BOS tokens (EOS
             where the model has none) fill its first patch, as at the start of a document.
             "constrain": its left-over tokens are known of the first new patch, which is drawn to

@@ -15,8 +15,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        number = None
-    expected = f"an int, at least {least}" if most is None else f"an int, {least} to {most}"
-    fits = number is not None and least <= number and (most is None or number <= most)
-    check(fits, name, expected, repr(value))
+        raise ValueError(f"{name}: expected an int, got {value!r}") from None
+    expected = f"at least {least}" if most is None else f"{least} to {most}"
+    check(least <= number and (most is None or number <= most), name, expected, number)
     return number

@@ -44,18 +44,20 @@ class GenerationOptions:
     max_draws: int = MAX_DRAWS
     on_budget: str = "raise"
     seed: int = 0
-    stop: Sequence[str] = ()
+    stop: Sequence[str | Sequence[int]] = ()
     prompt: str = "align"
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 0), ("num_candidates", 1), ("max_draws", 1)):
             object.__setattr__(self, name, whole(name, getattr(self, name), least))
         object.__setattr__(self, "seed", whole("seed", self.seed, -(2**63), 2**63 - 1))
-        stop = self.stop
-        check(not isinstance(stop, str), "stop", "a list of texts", f"one text (write [{stop!r}])")
-        texts = isinstance(stop, Iterable) and all(isinstance(text, str) for text in stop)
-        check(texts, "stop", "a list of texts", repr(stop))
-        check(all(stop), "stop", "texts that are not empty", list(stop))
+        stop, expected = self.stop, "a list of texts or lists of token ids"
+        check(not isinstance(stop, str), "stop", expected, f"one text (write [{stop!r}])")
+        listed = isinstance(stop, Iterable) and all(isinstance(one, Iterable) for one in stop)
+        check(listed, "stop", expected, repr(stop))
+        stop = [s if isinstance(s, str) else [whole("stop", i, 0) for i in s] for s in stop]
+        check(all(stop), "stop", "texts and lists that are not empty", stop)
+        object.__setattr__(self, "stop", stop)
         check(self.prompt in PROMPTS, "prompt", f"one of {', '.join(PROMPTS)}", self.prompt)
 
     def sampling(self) -> Sampling:
@@ -68,7 +70,7 @@ class Generation:
 
     text: str | None  # what follows the prompt, without EOS and stop; None without a tokenizer
     ids: list[int]  # the new tokens, a drawn EOS included; at most max_new_tokens
-    finished: bool  # True after EOS or a stop text, False where max_new_tokens or an error ended it
+    finished: bool  # True after EOS or a stop, False where max_new_tokens or an error ended it
     steps: int  # patches drawn for this sequence
     seconds: float  # from the first look at its prompt to its last patch
     draws: int  # vectors that the head drew for it
@@ -110,8 +112,8 @@ class TokenSequence:
         raises: ValueError for a prompt, id or option that does not fit the model.
         """
         name = whole("sequence_ids", name, 0, 2**31 - 1)
-        stop = tuple(options.stop)
-        check(not stop or tokenizer is not None, "stop", "a tokenizer to look for texts", None)
+        texts = [stop for stop in options.stop if isinstance(stop, str)]
+        check(not texts or tokenizer is not None, "stop", "a tokenizer to look for texts", None)
         ids = _token_ids(prompt, config, tokenizer)
         self.name = name
         self.options = options
@@ -123,12 +125,17 @@ class TokenSequence:
         self.sure_share = 0.0  # of its last steps, what tuples decided; the engine's to keep
         self.error: str | None = None
         self.last_patch = self.context[-config.patch_size :]
-        self._patch_size, self._eos_id, self._stop = config.patch_size, config.eos_token_id, stop
+        self._patch_size, self._eos_id = config.patch_size, config.eos_token_id
+        self._stop_texts = texts
+        self._stop_ids = [stop for stop in options.stop if not isinstance(stop, str)]
+        most = max((max(stop) for stop in self._stop_ids), default=0)
+        check(most < config.vocab_size, "stop", f"token ids in [0, {config.vocab_size})", most)
         self._decoder = _decoder_behind(ids, tokenizer) if tokenizer else None
         self._ids: list[int] = []
         self._text = ""  # decoded so far, in whole characters
+        self._lengths: list[int] = []  # of the text before each token
         self._sent = 0  # characters of it already streamed
-        self._ended = False  # by EOS or a stop text
+        self._ended = False  # by EOS or a stop
         self._start, self._seconds = 0.0, 0.0
         self._draws, self._slots, self._full, self._exact = 0, 0, 0, True
         pools = self.sampling.method == "pool" and parse_temperature(self.sampling.temperature) != 1
@@ -167,7 +174,7 @@ class TokenSequence:
         calls: int = 0,
         spared: int = 0,
     ) -> None:
-        """Appends the tokens of a drawn patch up to EOS, a stop text or max_new_tokens.
+        """Appends the tokens of a drawn patch up to EOS, a stop or max_new_tokens.
 
         patch: [K], beginning with the known tokens.  Others: see `PatchSample`.
         """
@@ -183,10 +190,14 @@ class TokenSequence:
         self._spared += spared
         for token in patch[known : known + self.room]:
             self._ids.append(token)
+            self._lengths.append(len(self._text))
             self.room -= 1
             self._ended = token == self._eos_id
             if self._decoder and not self._ended:
                 self._append_text(self._decoder.step(token))
+            for stop in self._stop_ids:
+                if self._ids[-len(stop) :] == stop:
+                    self._text, self._ended = self._text[: self._lengths[-len(stop)]], True
             if self._ended:
                 break
         self._seconds = time.perf_counter() - self._start
@@ -196,10 +207,13 @@ class TokenSequence:
         self.error = f"sequence {self.name}, step {self.steps}: {reason}"
 
     def unsent(self) -> str:
-        """The text that is new and certain; what may begin a stop text waits."""
+        """The text that is new and certain; what may begin a stop waits."""
         end = len(self._text)
         if not self.finished:
-            end = min([end, *(_start_of_partial(self._text, text) for text in self._stop)])
+            ends = [_start_of_partial(self._text, text) for text in self._stop_texts]
+            lengths = [*self._lengths, end]
+            ends += [lengths[_start_of_partial(self._ids, ids)] for ids in self._stop_ids]
+            end = min([end, *ends])
         piece, self._sent = self._text[self._sent : end], max(end, self._sent)
         return piece
 
@@ -222,10 +236,10 @@ class TokenSequence:
         )
 
     def _append_text(self, piece: str) -> None:
-        longest = max(map(len, self._stop), default=1)
+        longest = max(map(len, self._stop_texts), default=1)
         searched = max(0, len(self._text) - longest + 1)
         self._text += piece
-        ends = [at for text in self._stop if (at := self._text.find(text, searched)) >= 0]
+        ends = [at for text in self._stop_texts if (at := self._text.find(text, searched)) >= 0]
         if ends:
             self._text, self._ended = self._text[: min(ends)], True
 
@@ -284,9 +298,9 @@ def _split_prompt(ids: list[int], mode: str, config: CalmConfig) -> tuple[list[i
     return [start] * missing + context, left_over
 
 
-def _start_of_partial(text: str, stop: str) -> int:
+def _start_of_partial(text: str | list[int], stop: str | list[int]) -> int:
     """Where the longest end of `text` that is a beginning of `stop` starts."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return len(text) - size
+    for start in range(max(0, len(text) - len(stop) + 1), len(text)):
+        if text[start:] == stop[: len(text) - start]:
+            return start
     return len(text)
