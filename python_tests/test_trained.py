@@ -146,7 +146,7 @@ def test_other_temperatures_are_told_apart(trained, hidden, draws):
 
 
 @pytest.mark.skipif(not BENCHMARK.is_file(), reason="not in a checkout")
-def test_known_tokens_predict_better_than_padding(trained):
+def test_known_tokens_and_alignment_predict_better_than_padding(trained):
     spec = importlib.util.spec_from_file_location("bench_prompts", BENCHMARK)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
@@ -154,6 +154,7 @@ def test_known_tokens_predict_better_than_padding(trained):
     scores = bench.prompt_scores(trained, documents, range(5 * PATCH, 6 * PATCH))
     assert Counter(left for _, left in scores) == {0: 1, 1: 3, 2: 3}
     for left in (1, 2):
-        better = scores["constrain", left] - scores["padded", left]
-        assert better.mean() > 3 * better.std() / len(better) ** 0.5
+        for way in ("constrain", "align"):
+            better = scores[way, left] - scores["padded", left]
+            assert better.mean() > 3 * better.std() / len(better) ** 0.5
     assert len(bench.table(scores).splitlines()) == 8
