@@ -1,7 +1,5 @@
 """The engine: who else is in a batch, a cache or a chunk, or fails in it, changes nobody's text."""
 
-import random
-
 import pytest
 import torch
 from test_generation import PATCH, PROMPTS, build_model
@@ -114,57 +112,6 @@ def test_known_tokens_of_one_sequence_leave_the_draws_of_others(model):
     [alone] = generator.generate([[5, 6, 7, 8]], **options, **free, sequence_ids=[1])
     together = generator.generate([[9], [5, 6, 7, 8]], **options, **bound)
     assert together[1].ids == alone.ids and together[1].draws == alone.draws == alone.steps
-
-
-# ---- batch_invariant ----
-
-
-@pytest.fixture(scope="module")
-def single():
-    """In float32 and wide enough that products round differently at other batch sizes."""
-    sizes = {"hidden_size": 96, "intermediate_size": 160}
-    return build_model(**sizes).float()
-
-
-def prompts_of_mixed_lengths():
-    draw = random.Random(0)
-    return [[draw.randrange(256) for _ in range(draw.randrange(50))] for _ in range(8)]
-
-
-@pytest.mark.parametrize("temperature", [1, "1/2"])
-def test_batch_invariant_texts_are_the_same_bit_for_bit(single, recorded, temperature):
-    prompts, order = prompts_of_mixed_lengths(), [5, 2, 7, 0, 3, 6, 1, 4]
-    options = {"max_new_tokens": 14, "temperature": temperature, "num_candidates": 6}
-    generator = Generator(single, batch_invariant=True)
-    alone, first = [], {}
-    for name, prompt in enumerate(prompts):
-        alone += generator.generate([prompt], sequence_ids=[name], **options)
-    first |= recorded
-    few = Generator(single, batch_invariant=True, max_batch_size=3)
-    for other, names in ((generator, range(8)), (generator, order), (few, order)):
-        recorded.clear()
-        chosen = [prompts[name] for name in names]
-        results = other.generate(chosen, sequence_ids=names, **options)
-        assert [result.ids for result in results] == [alone[name].ids for name in names]
-        assert recorded.keys() == first.keys()
-        for row, (hidden, patch) in recorded.items():
-            assert torch.equal(hidden, first[row][0]) and torch.equal(patch, first[row][1])
-
-
-def test_batch_invariant_sequences_try_tuples_by_their_own_history():
-    """What tuples decided for others must not say how many rows the products of this one have."""
-    sure = build_model(hidden_size=96, intermediate_size=160)
-    last = sure.generative_head.final_layer.linears[2]
-    with torch.no_grad():  # latents near one point, so that draws repeat
-        last.weight.mul_(0.1)
-        last.bias.normal_(generator=torch.Generator().manual_seed(0))
-    prompts, names = prompts_of_mixed_lengths(), range(8)
-    options = {"max_new_tokens": 60, "temperature": "1/2", "num_candidates": 200}
-    generator = Generator(sure.float(), batch_invariant=True)
-    together = generator.generate(prompts, **options)
-    alone = [generator.generate([prompts[i]], sequence_ids=[i], **options)[0] for i in names]
-    assert [(g.ids, g.draws) for g in together] == [(g.ids, g.draws) for g in alone]
-    assert len({g.draws for g in alone}) > 3  # some came to try them first, not all at once
 
 
 # ---- failures ----
