@@ -112,11 +112,14 @@ def prompts_of(options: Namespace) -> list[str]:
     if options.prompt:
         return options.prompt
     if options.prompts is None:
-        return [""] if sys.stdin is None or sys.stdin.isatty() else [sys.stdin.read()]
+        return [""] if sys.stdin is None or sys.stdin.isatty() else [_standard_input()]
     if options.prompts == "-":
-        return sys.stdin.read().splitlines()
+        return _lines(_standard_input())
     path = Path(options.prompts)
-    lines = path.read_text("utf-8").splitlines()
+    try:
+        lines = _lines(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: expected UTF-8 text, got {path}: {error}") from error
     if path.suffix != ".jsonl":
         return lines
     prompts = []
@@ -129,6 +132,19 @@ def prompts_of(options: Namespace) -> list[str]:
         check(isinstance(prompt, str), "prompts", expected, f"{line[:80]!r} in line {number}")
         prompts.append(prompt)
     return prompts
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: expected text, got standard input: {error}") from error
+
+
+def _lines(text: str) -> list[str]:
+    """Lines end where a newline stands, and nowhere else: U+2028 and others are part of a text."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def sizes_of(options: Namespace) -> tuple[CalmConfig, AutoencoderConfig, torch.dtype]:

@@ -55,7 +55,7 @@ class Engine:
             max_batch_size, len(weight), dtype=weight.dtype, device=weight.device
         )
         self.sequences: list[TokenSequence] = []  # sequences[i] holds slot i
-        self._sure_share = 0.0  # of the last contexts, what tuples decided
+        self.sure_share = 0.0  # of the last contexts, what tuples decided
         self._replays: dict[tuple[int, Sampling], Steps] = {}  # by batch size and settings
 
     @property
@@ -211,7 +211,10 @@ class Engine:
             known = [sequence.known for sequence in sequences]
             prefix = self._tensor([tokens + free[len(tokens) :] for tokens in known])
         settings = sequences[0].sampling._asdict()
-        settings["tuples_first"] = self._sure_share > TUPLES_FIRST + TUPLES_ALONE / len(slots)
+        # products of few rows round as those of many do not, so where texts must not depend on a
+        # batch, each sequence goes by its own history
+        history = sequences[0] if self.batch_invariant else self
+        settings["tuples_first"] = history.sure_share > TUPLES_FIRST + TUPLES_ALONE / len(slots)
         hidden = self.hidden[self._tensor(slots)]
         try:
             sample = sample_patches(self.model, hidden, rows=rows, prefix=prefix, **settings)
@@ -223,7 +226,7 @@ class Engine:
                     self._draw([slot])
             return
         *columns, sure = (column.tolist() for column in sample)
-        self._sure_share += (sum(sure) / len(sure) - self._sure_share) / REMEMBERED
+        history.sure_share += (sum(sure) / len(sure) - history.sure_share) / REMEMBERED
         for sequence, *drawn in zip(sequences, *columns, strict=True):
             sequence.extend(*drawn)
 

@@ -2,7 +2,7 @@
 or a loop of one's own."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from operator import itemgetter
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from calm_rt.data import Tokenizer
 from calm_rt.engine import PREFILL_CHUNK, Engine
+from calm_rt.integers import whole
 from calm_rt.nn import Calm, screen_decoder
 from calm_rt.ops.check import check
 from calm_rt.sampling import MAX_DRAWS, sample_patches
@@ -69,7 +70,7 @@ class Generator:
             that ends in between wastes what is left of them.
         raises: ValueError for a model or tokenizer that does not fit.
         """
-        check(steps_per_read >= 1, "steps_per_read", "at least 1", steps_per_read)
+        steps_per_read = whole("steps_per_read", steps_per_read, 1)
         kind = "a Calm (a language model, not an autoencoder)"
         check(isinstance(model, Calm), "model", kind, type(model).__name__)
         config = model.config
@@ -78,11 +79,13 @@ class Generator:
             check(
                 tokenizer.vocab_size <= config.vocab_size, "tokenizer", fits, tokenizer.vocab_size
             )
-        check(max_batch_size >= 1, "max_batch_size", "at least 1", max_batch_size)
-        check(prefill_chunk >= 1, "prefill_chunk", "at least 1", prefill_chunk)
+            ends = config.eos_token_id, tokenizer.eos_id
+            fits = f"one whose eos_id is the model's config.eos_token_id = {ends[0]}"
+            check(None in ends or ends[0] == ends[1], "tokenizer", fits, f"eos_id = {ends[1]}")
+        max_batch_size = whole("max_batch_size", max_batch_size, 1)
+        prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
         limit = config.max_position_embeddings
-        max_patches = limit if max_patches is None else max_patches
-        check(1 <= max_patches <= limit, "max_patches", f"1 to {limit}", max_patches)
+        max_patches = whole("max_patches", limit if max_patches is None else max_patches, 1, limit)
         self.model = model.eval()
         if screen:
             screen_decoder(model.ae_model)
@@ -92,6 +95,7 @@ class Generator:
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
         self.steps_per_read = steps_per_read
         self._engine: Engine | None = None  # of the loop of one's own
+        self._num_prefilled = 0  # sequences that it has read
 
     def generate(
         self,
@@ -104,7 +108,7 @@ class Generator:
         max_draws: int = MAX_DRAWS,
         on_budget: str = "raise",
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: Sequence[str | Sequence[int]] = (),
         prompt: str = "align",
         sequence_ids: Sequence[int] | None = None,
     ) -> list[Generation]:
@@ -112,11 +116,13 @@ class Generator:
 
         prompts: texts, or lists of token ids (the only kind without a tokenizer), of any lengths.
         temperature, num_candidates, method, max_draws, on_budget: see `sample_patches`.
-        stop: texts that end a sequence; they are left out of its text.
+        stop: texts, or lists of token ids, that end a sequence; they are left out of its text, and
+            stand in its ids.
         prompt: what happens where a prompt is no whole number of patches. "align": BOS tokens (EOS
             where the model has none) fill its first patch, as at the start of a document.
             "constrain": its left-over tokens are known of the first new patch, which is drawn to
-            begin with them. An empty prompt is one patch of BOS.
+            begin with them; where no draw does, a warning and `Generation.constrained` say so. An
+            empty prompt is one patch of BOS.
         sequence_ids: one number below 2^31 a prompt, its name for the random numbers; None for
             0, 1, ....
         returns: one Generation a prompt, in order.
@@ -179,15 +185,18 @@ class Generator:
     ) -> list[TokenSequence]:
         """Reads prompts into free slots of this generator's own cache, made at the first call.
 
+        sequence_ids: as for `generate`, but None counts on from call to call (an id is how many
+            sequences were read before), so that a prompt that comes again gets new draws.
         options: those of `generate`; sequences of different options go together.
         returns: the sequences in progress, one a prompt: `finished`, `unsent()` for the new text,
             `result()` for the Generation so far.
         raises: ValueError as `generate`, and where there are fewer than `free_slots`.
         """
-        sequences = self._sequences(prompts, sequence_ids, options)
+        sequences = self._sequences(prompts, sequence_ids, options, self._num_prefilled)
         if self._engine is None:
             self._engine = self._new_engine(self.max_batch_size, self.max_patches)
         self._engine.prefill(sequences)
+        self._num_prefilled += len(sequences)
         return sequences
 
     def step(self) -> list[TokenSequence]:
@@ -216,11 +225,17 @@ class Generator:
         prompts: Sequence[Prompt],
         sequence_ids: Sequence[int] | None,
         options: dict[str, Any],
+        first_id: int = 0,
     ) -> list[TokenSequence]:
         """The prompts of a request, all of it checked."""
         listed = "one text (write [prompt])"
         check(not isinstance(prompts, str), "prompts", "a list of prompts", listed)
-        names = range(len(prompts)) if sequence_ids is None else sequence_ids
+        check(isinstance(prompts, Iterable), "prompts", "a list of prompts", repr(prompts))
+        prompts = list(prompts)
+        listed = sequence_ids is None or isinstance(sequence_ids, Iterable)
+        check(listed, "sequence_ids", "a list of numbers", repr(sequence_ids))
+        count_on = ((first_id + index) % 2**31 for index in range(len(prompts)))
+        names = list(count_on if sequence_ids is None else sequence_ids)
         fits = f"one for each of {len(prompts)} prompts"
         check(len(names) == len(prompts), "sequence_ids", fits, len(names))
         settings, config = GenerationOptions(**options), self.model.config

@@ -27,7 +27,6 @@ FIRST_SHARE = 0.25  # of a pool, supposed to be worth a second slot
 class Vote(NamedTuple):
     patches: Tensor  # [B, K] int64
     slots: Tensor  # [B] int64, tokens decoded
-    matched: Tensor  # [B] bool, a candidate begins with the known tokens
     sure: Tensor  # [B] bool, a tuple of equal candidates decided
 
 
@@ -169,23 +168,17 @@ def vote(
     draws: Draws,
     states: Tensor,
     n: int,
-    prefix: Tensor | None = None,
+    tokens: Tensor | None = None,
+    alive: Tensor | None = None,
     tuples: Tuples | None = None,
 ) -> Vote:
-    """Algorithm 2 at temperature 1 / n among the candidates that begin with known tokens.
+    """Algorithm 2 at temperature 1 / n; n = 1 takes any candidate, which is exact.
 
-    Draws that begin with the known tokens are draws of the conditional distribution, whose power
-    1 / T is, but for a constant, the conditional of the power 1 / T: so to vote among them is to
-    sample the conditional at the same temperature.
-    n = 1 takes any of them, which is exact.
-    states: [B, S, H], of `draws`.
-    prefix: [B, K] int64, -1 where free.
-    tuples: which decide where they can, of pools without known tokens.
+    states, tokens, alive: see `Pools`.
+    tuples: which decide where they can, of pools in which all candidates take part.
     """
     (num_pools, size), device = states.shape[:2], states.device
-    pools = Pools(draws, states)
-    if prefix is not None:
-        pools.keep(prefix)
+    pools = Pools(draws, states, tokens, alive)
     # Where no patch repeats, the level is 1 and this candidate is the choice.
     place = (draws.choice() * pools.alive.sum(1)).long()  # [B]
     chosen = (pools.alive.cumsum(1) > place[:, None]).int().argmax(1)
@@ -208,4 +201,4 @@ def vote(
     wanted = torch.zeros_like(pools.tokens, dtype=torch.bool)
     wanted[:, ids] = True
     pools.decode(wanted)
-    return Vote(pools.tokens[:, ids].T, pools.slots, pools.alive.any(1), sure)
+    return Vote(pools.tokens[:, ids].T, pools.slots, sure)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from calm_rt import ops
 from calm_rt.draws import Draws
+from calm_rt.integers import whole
+from calm_rt.matches import gather_matches
 from calm_rt.nn import Calm
 from calm_rt.ops.check import check, check_device, check_int64, check_shape, may_look, seed_and_rows
 from calm_rt.pool import vote
@@ -29,6 +31,8 @@ POOL_BYTES = 1 << 28  # of draws that are held at once
 # Pools whose search of the vocabulary takes fewer multiplications are decoded whole: deciding what
 # can be spared takes longer, 2 ms where 200 draws of 2 tokens from 1,024 take 1.
 WHOLE_SEARCH = 1 << 30
+# Largest 1 / T of algorithm 1, which counts as many calls a trial; no patch is found near it.
+LARGEST_POWER = 1 << 30
 # 1 / T this close (relative) to an integer is that integer: covers T rounded to float32
 SNAP = 2.0**-20
 
@@ -42,7 +46,15 @@ class PatchSample(NamedTuple):
     draws: Tensor  # [B] int64, vectors that the head drew for each context
     slots: Tensor  # [B] int64, tokens decoded for it; all of them would be draws * K
     exact: Tensor  # [B] bool, of p^(1/T) / Z: algorithm 1 or T = 1; False where a pool chose
+    matched: Tensor  # [B] bool, no known token had to be put over another patch
+    trials: Tensor  # [B] int64, of algorithm 1, 0 without it: one in so many was accepted
+    calls: Tensor  # [B] int64, its calls of the sampler, as the paper's theorem 2 counts them
+    spared: Tensor  # [B] int64, those of them that no draw was needed for, after a first difference
     sure: Tensor  # [B] bool, a tuple of a pool's first draws was equal, which decided
+
+
+_COUNTS = ("draws", "slots", "trials", "calls", "spared")
+_FLAGS = ("exact", "matched", "sure")
 
 
 class BudgetError(RuntimeError):
@@ -69,6 +81,9 @@ def parse_temperature(temperature: float | Fraction | str, method: str = "pool")
     if value == 0 and not exact:
         return value
     check(0 < value <= 1, "temperature", expected, temperature)
+    if exact:
+        expected = f'{expected}, at least 2^-30 with method="exact" (0 or 1/n with a pool)'
+        check(value * LARGEST_POWER >= 1, "temperature", expected, repr(temperature))
     n = round(1 / value)
     if abs(n * value - 1) <= SNAP:
         return Fraction(1, n)
@@ -108,12 +123,15 @@ def sample_patches(
     on_budget: what follows when algorithm 1 has made max_draws: "raise", or "pool" to let a new
         pool choose, at the 1/n with n nearest to 1/T (then exact is False).
     prefix: [B, K] int64, known first tokens of each patch, -1 where it is free. The patch comes
-        from the conditional distribution at the temperature: only draws that begin with the tokens
-        count, in further pools if there is none in the first. If there is none within max_draws, a
-        warning says so, and the tokens are put over what the last pool chooses.
+        from the conditional distribution at the temperature: a pool is num_candidates draws that
+        begin with the tokens, gathered over rounds of num_candidates draws (T = 1 takes the first
+        that does). Where max_draws end the search before, those found are the pool: the fewer they
+        are the nearer it comes to T = 1, which is what a single one gives. If there is none, a
+        warning and `matched` say so, and the tokens are put over what a pool of any draws chooses.
     tuples_first: whether the few draws that may decide for a pool are made and decoded before its
-        others. The same patches; cheaper where many contexts are sure (`PatchSample.sure`), dearer
-        where few are, for those draws are made again with the others.
+        others. The same patches, up to the rounding of matrix products, which in float32 is another
+        for few rows than for many. Cheaper where many contexts are sure (`PatchSample.sure`),
+        dearer where few are, for those draws are made again with the others.
     seed: an int, or [] int64.
     rows: [B] int64, row ids, on which a context's draws depend; None for 0, 1, ....
     returns: PatchSample. The draws of a context depend on (seed, row id, number of the draw) only.
@@ -123,18 +141,29 @@ def sample_patches(
     """
     temperature = parse_temperature(temperature, method)
     check_shape("hidden", hidden, B=None, H=model.config.hidden_size)
-    check(num_candidates >= 1, "num_candidates", "at least 1", num_candidates)
-    check(max_draws >= 1, "max_draws", "at least 1", max_draws)
+    num_candidates = whole("num_candidates", num_candidates, 1)
+    max_draws = whole("max_draws", max_draws, 1)
     check(on_budget in ("raise", "pool"), "on_budget", '"raise" or "pool"', repr(on_budget))
     if prefix is not None:
         _check_prefix(model, hidden, prefix)
     seed, rows = seed_and_rows(seed, rows, len(hidden), hidden.device)
     if temperature == 1 and prefix is None:
         patches = sample_whole(model, hidden, temperature, 1, seed, rows)
-        draws = torch.ones_like(rows)
-        return PatchSample(patches, draws, draws * patches.shape[1], draws > 0, draws < 0)
+        one, none = torch.ones_like(rows), torch.zeros_like(rows)
+        return PatchSample(
+            patches=patches,
+            draws=one,
+            slots=one * patches.shape[1],
+            exact=one > 0,
+            matched=one > 0,
+            trials=none,
+            calls=none,
+            spared=none,
+            sure=none > 0,
+        )
 
     largest = num_candidates if method == "pool" else max(num_candidates, LARGEST_ROUND)
+    largest *= 1 if prefix is None else 2  # a round, and what is kept of those before
     contexts, parts = torch.arange(len(rows), device=rows.device), []
     for part in contexts.split(contexts_at_once(model, largest)):
         draws = Draws(model, hidden[part], seed, rows[part])
@@ -223,9 +252,9 @@ def _sample_freely(
         return _sample_by_vote(draws, n, num_candidates, number, tuples)
     tokens = draws.whole_patches(number, tuples.drawn)  # [B, T n, K]
     found, chosen = tuples.find(tokens)
-    drawn = torch.full_like(draws.rows, tuples.drawn)
-    patches, exact = _pick(tokens, chosen), torch.zeros_like(found)
-    sample = PatchSample(patches, drawn, drawn * draws.patch_size, exact, found)
+    sample = _no_sample(draws)._replace(patches=_pick(tokens, chosen), sure=found)
+    sample.draws.fill_(tuples.drawn)
+    sample.slots.fill_(tuples.drawn * draws.patch_size)
     missing = (~found).nonzero().squeeze(1)
     if len(missing):
         _put(sample, missing, _sample_by_vote(draws.of(missing), n, num_candidates, number))
@@ -236,46 +265,37 @@ def _sample_by_vote(
     draws: Draws, n: int, num_candidates: int, number: int, tuples: Tuples | None = None
 ) -> PatchSample:
     """The vote of a whole round, where no tuple decides.  tuples: those that are not tried yet."""
-    drawn = torch.full_like(draws.rows, num_candidates)
-    exact = torch.ones_like(drawn, dtype=torch.bool)
+    sample = _no_sample(draws)
+    sample.draws.fill_(num_candidates)
+    sample.exact.fill_(True)
     if n > 1 and decodes_whole(draws, num_candidates):
         patches, sure = _choose(draws, draws.whole_patches(number, num_candidates), n, tuples)
-        return PatchSample(patches, drawn, drawn * draws.patch_size, exact, sure)
+        sample.slots.fill_(num_candidates * draws.patch_size)
+        return sample._replace(patches=patches, sure=sure)
     choice = vote(draws, draws.draw(number, num_candidates), n, tuples=tuples)
-    return PatchSample(choice.patches, drawn, choice.slots, exact, choice.sure)
+    return sample._replace(patches=choice.patches, slots=choice.slots, sure=choice.sure)
 
 
 def _sample_behind(
     draws: Draws, n: int, num_candidates: int, max_draws: int, prefix: Tensor, first_round: int
 ) -> PatchSample:
-    """The vote of the candidates that begin with known tokens, in further rounds if none does."""
-    sample, number = _no_sample(draws), first_round
-    active = torch.arange(len(draws.rows), device=draws.rows.device)
-    while True:
-        some = draws.of(active)
-        states = some.draw(number, num_candidates)
-        choice = vote(some, states, n, prefix[active])
-        sample.patches[active] = choice.patches
-        sample.exact[active] = choice.matched
-        sample.draws[active] += num_candidates
-        sample.slots[active] += choice.slots
-        number += 1
-        missing = ~choice.matched
-        active = active[missing]
-        if not len(active):
-            return sample
-        if (number - first_round + 1) * num_candidates > max_draws:
-            break
-    warnings.warn(
-        f"prefix: no draw of {number * num_candidates} begins with them in {len(active)} of "
-        f"{len(draws.rows)} contexts with known tokens; they are put over another patch",
-        stacklevel=4,
-    )
-    choice = vote(draws.of(active), states[missing], n)
-    known = prefix[active]
-    sample.patches[active] = torch.where(known < 0, choice.patches, known)
-    sample.slots[active] += choice.slots
-    return sample
+    """The vote of candidates that begin with known tokens; at T = 1 the first of them."""
+    wanted = num_candidates if n > 1 else 1
+    known = gather_matches(draws, prefix, wanted, num_candidates, max_draws, first_round)
+    choice = vote(draws, known.states, n, tokens=known.tokens, alive=known.alive())
+    matched = known.found > 0
+    if not matched.all():
+        rows = draws.rows[~matched].tolist()
+        warnings.warn(
+            f"prefix: no draw of {max_draws} begins with them in {len(rows)} of {len(matched)} "
+            f"contexts with known tokens, with row ids {_some(rows)}; they are put over another "
+            "patch",
+            stacklevel=4,
+        )
+    patches = torch.where(prefix < 0, choice.patches, prefix)
+    slots = known.slots + choice.slots
+    sample = _no_sample(draws)._replace(patches=patches, draws=known.draws, slots=slots)
+    return sample._replace(exact=matched, matched=matched.clone())
 
 
 def _level(temperature: Fraction, num_candidates: int) -> int:
@@ -307,8 +327,8 @@ def sample_by_rejection(
 ) -> PatchSample:
     """Algorithm 1 on all contexts; see `sample_patches`."""
     result = reject(draws, temperature, max_draws, prefix)
-    sure = torch.zeros_like(result.found)
-    sample = PatchSample(result.patches, result.draws, result.slots, result.found, sure)
+    counts = {name: getattr(result, name) for name in _COUNTS}
+    sample = _no_sample(draws)._replace(patches=result.patches, exact=result.found, **counts)
     missing = (~result.found).nonzero().squeeze(1)
     if not len(missing):
         return sample
@@ -332,17 +352,24 @@ def sample_by_rejection(
 def _no_sample(draws: Draws) -> PatchSample:
     """Nothing drawn yet, to be filled in."""
     patches = draws.rows.new_full((len(draws.rows), draws.patch_size), -1)
-    counts = draws.rows.new_zeros(2, len(draws.rows))
-    flags = torch.zeros_like(counts, dtype=torch.bool)
-    return PatchSample(patches, *counts, *flags)
+    counts = dict(zip(_COUNTS, draws.rows.new_zeros(len(_COUNTS), len(draws.rows)), strict=True))
+    flags = torch.zeros(3, len(draws.rows), dtype=torch.bool, device=patches.device)
+    flags = dict(zip(_FLAGS, flags, strict=True))
+    flags["matched"].fill_(True)
+    return PatchSample(patches=patches, **flags, **counts)
 
 
 def _put(sample: PatchSample, contexts: Tensor, rest: PatchSample) -> None:
     """Gives some contexts their patches, and adds what those took.  contexts: [C] int64."""
     sample.patches[contexts] = rest.patches
-    sample.draws[contexts] += rest.draws
-    sample.slots[contexts] += rest.slots
-    sample.exact[contexts], sample.sure[contexts] = rest.exact, rest.sure
+    for name in _COUNTS:
+        getattr(sample, name)[contexts] += getattr(rest, name)
+    for name in _FLAGS:
+        getattr(sample, name)[contexts] = getattr(rest, name)
+
+
+def _some(values: list[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
 
 
 def _shortly(value: Fraction) -> str:

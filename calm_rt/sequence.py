@@ -3,18 +3,23 @@
 The engine (engine.py) draws patches; here they become tokens and text. Nothing here knows a batch.
 """
 
+import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from calm_rt.data import Tokenizer
+from calm_rt.data import TextStream, Tokenizer
+from calm_rt.integers import whole
 from calm_rt.nn import CalmConfig
 from calm_rt.ops.check import check
-from calm_rt.sampling import MAX_DRAWS
+from calm_rt.sampling import MAX_DRAWS, parse_temperature
 
 PROMPTS = ("align", "constrain")
+# Tokens of a prompt that its continuation is decoded behind: a character has four bytes at most,
+# and some text in these means that the space before a text's first word has been.
+DECODED_BEFORE = 32
 
 
 class Sampling(NamedTuple):
@@ -39,14 +44,20 @@ class GenerationOptions:
     max_draws: int = MAX_DRAWS
     on_budget: str = "raise"
     seed: int = 0
-    stop: Sequence[str] = ()
+    stop: Sequence[str | Sequence[int]] = ()
     prompt: str = "align"
 
     def __post_init__(self) -> None:
-        count, stop = self.max_new_tokens, self.stop
-        check(isinstance(count, int) and count >= 0, "max_new_tokens", "0 or more", count)
-        check(not isinstance(stop, str), "stop", "a list of texts", f"one text (write [{stop!r}])")
-        check(all(stop), "stop", "texts that are not empty", list(stop))
+        for name, least in (("max_new_tokens", 0), ("num_candidates", 1), ("max_draws", 1)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        object.__setattr__(self, "seed", whole("seed", self.seed, -(2**63), 2**63 - 1))
+        stop, expected = self.stop, "a list of texts or lists of token ids"
+        check(not isinstance(stop, str), "stop", expected, f"one text (write [{stop!r}])")
+        listed = isinstance(stop, Iterable) and all(isinstance(one, Iterable) for one in stop)
+        check(listed, "stop", expected, repr(stop))
+        stop = [s if isinstance(s, str) else [whole("stop", i, 0) for i in s] for s in stop]
+        check(all(stop), "stop", "texts and lists that are not empty", stop)
+        object.__setattr__(self, "stop", stop)
         check(self.prompt in PROMPTS, "prompt", f"one of {', '.join(PROMPTS)}", self.prompt)
 
     def sampling(self) -> Sampling:
@@ -57,14 +68,20 @@ class GenerationOptions:
 class Generation:
     """What one prompt was continued with."""
 
-    text: str | None  # the continuation, without EOS and stop text; None without a tokenizer
+    text: str | None  # what follows the prompt, without EOS and stop; None without a tokenizer
     ids: list[int]  # the new tokens, a drawn EOS included; at most max_new_tokens
-    finished: bool  # True after EOS or a stop text, False where max_new_tokens or an error ended it
+    finished: bool  # True after EOS or a stop, False where max_new_tokens or an error ended it
     steps: int  # patches drawn for this sequence
     seconds: float  # from the first look at its prompt to its last patch
     draws: int  # vectors that the head drew for it
-    decoded_share: float  # tokens decoded for it, of the draws x K of the full arithmetic
+    decoded_share: float  # tokens decoded for it, of those that the algorithm decodes as written:
+    # num_candidates x K a pool; every draw's K where there is none, or known tokens were looked for
     exact: bool  # whether every patch has exactly the distribution asked for
+    constrained: bool  # False where no draw began with the prompt's left-over tokens, so that they
+    # were put over another patch
+    acceptance: float | None  # of algorithm 1, patches found / trials; None without a trial
+    calls: int  # of the sampler by algorithm 1, as the paper's theorem 2 counts them
+    spared: int  # those of them that took no draw, as stage one ends at a first difference
     error: str | None = None  # why it ended early; what was drawn before is here
 
 
@@ -94,9 +111,9 @@ class TokenSequence:
 
         raises: ValueError for a prompt, id or option that does not fit the model.
         """
-        check(0 <= name < 2**31, "sequence_ids", "numbers in [0, 2^31)", name)
-        stop = tuple(options.stop)
-        check(not stop or tokenizer is not None, "stop", "a tokenizer to look for texts", None)
+        name = whole("sequence_ids", name, 0, 2**31 - 1)
+        texts = [stop for stop in options.stop if isinstance(stop, str)]
+        check(not texts or tokenizer is not None, "stop", "a tokenizer to look for texts", None)
         ids = _token_ids(prompt, config, tokenizer)
         self.name = name
         self.options = options
@@ -105,16 +122,26 @@ class TokenSequence:
         self.room = options.max_new_tokens  # tokens that may still be drawn
         self.steps = 0
         self.unread = False  # whether the last patch is still to go through the backbone
+        self.sure_share = 0.0  # of its last steps, what tuples decided; the engine's to keep
         self.error: str | None = None
         self.last_patch = self.context[-config.patch_size :]
-        self._patch_size, self._eos_id, self._stop = config.patch_size, config.eos_token_id, stop
-        self._decoder = tokenizer.stream() if tokenizer else None
+        self._patch_size, self._eos_id = config.patch_size, config.eos_token_id
+        self._stop_texts = texts
+        self._stop_ids = [stop for stop in options.stop if not isinstance(stop, str)]
+        most = max((max(stop) for stop in self._stop_ids), default=0)
+        check(most < config.vocab_size, "stop", f"token ids in [0, {config.vocab_size})", most)
+        self._decoder = _decoder_behind(ids, tokenizer) if tokenizer else None
         self._ids: list[int] = []
         self._text = ""  # decoded so far, in whole characters
+        self._lengths: list[int] = []  # of the text before each token
         self._sent = 0  # characters of it already streamed
-        self._ended = False  # by EOS or a stop text
+        self._ended = False  # by EOS or a stop
         self._start, self._seconds = 0.0, 0.0
-        self._draws, self._slots, self._exact = 0, 0, True
+        self._draws, self._slots, self._full, self._exact = 0, 0, 0, True
+        pools = self.sampling.method == "pool" and parse_temperature(self.sampling.temperature) != 1
+        self._pool = self.sampling.num_candidates if pools else None  # draws of a free patch
+        self._matched = True
+        self._accepted, self._trials, self._calls, self._spared = 0, 0, 0, 0
 
     @property
     def finished(self) -> bool:
@@ -136,21 +163,41 @@ class TokenSequence:
         """The clock of this sequence starts."""
         self._start = time.perf_counter()
 
-    def extend(self, patch: list[int], draws: int, slots: int, exact: bool) -> None:
-        """Appends the tokens of a drawn patch up to EOS, a stop text or max_new_tokens.
+    def extend(
+        self,
+        patch: list[int],
+        draws: int,
+        slots: int,
+        exact: bool,
+        matched: bool = True,
+        trials: int = 0,
+        calls: int = 0,
+        spared: int = 0,
+    ) -> None:
+        """Appends the tokens of a drawn patch up to EOS, a stop or max_new_tokens.
 
-        patch: [K], beginning with the known tokens.  draws, slots, exact: see `PatchSample`.
+        patch: [K], beginning with the known tokens.  Others: see `PatchSample`.
         """
         known = len(self.known)
         self.steps, self.last_patch, self.unread = self.steps + 1, patch, True
         self._draws, self._slots = self._draws + draws, self._slots + slots
+        full = draws if known or self._pool is None else self._pool
+        self._full += full * self._patch_size
         self._exact = self._exact and exact
+        self._matched = self._matched and matched
+        self._accepted += exact and trials > 0
+        self._trials, self._calls = self._trials + trials, self._calls + calls
+        self._spared += spared
         for token in patch[known : known + self.room]:
             self._ids.append(token)
+            self._lengths.append(len(self._text))
             self.room -= 1
             self._ended = token == self._eos_id
             if self._decoder and not self._ended:
                 self._append_text(self._decoder.step(token))
+            for stop in self._stop_ids:
+                if self._ids[-len(stop) :] == stop:
+                    self._text, self._ended = self._text[: self._lengths[-len(stop)]], True
             if self._ended:
                 break
         self._seconds = time.perf_counter() - self._start
@@ -160,10 +207,13 @@ class TokenSequence:
         self.error = f"sequence {self.name}, step {self.steps}: {reason}"
 
     def unsent(self) -> str:
-        """The text that is new and certain; what may begin a stop text waits."""
+        """The text that is new and certain; what may begin a stop waits."""
         end = len(self._text)
         if not self.finished:
-            end = min([end, *(_start_of_partial(self._text, text) for text in self._stop)])
+            ends = [_start_of_partial(self._text, text) for text in self._stop_texts]
+            lengths = [*self._lengths, end]
+            ends += [lengths[_start_of_partial(self._ids, ids)] for ids in self._stop_ids]
+            end = min([end, *ends])
         piece, self._sent = self._text[self._sent : end], max(end, self._sent)
         return piece
 
@@ -176,16 +226,20 @@ class TokenSequence:
             steps=self.steps,
             seconds=self._seconds,
             draws=self._draws,
-            decoded_share=self._slots / max(1, self._draws * self._patch_size),
+            decoded_share=self._slots / max(1, self._full),
             exact=self._exact,
+            constrained=self._matched,
+            acceptance=self._accepted / self._trials if self._trials else None,
+            calls=self._calls,
+            spared=self._spared,
             error=self.error,
         )
 
     def _append_text(self, piece: str) -> None:
-        longest = max(map(len, self._stop), default=1)
+        longest = max(map(len, self._stop_texts), default=1)
         searched = max(0, len(self._text) - longest + 1)
         self._text += piece
-        ends = [at for text in self._stop if (at := self._text.find(text, searched)) >= 0]
+        ends = [at for text in self._stop_texts if (at := self._text.find(text, searched)) >= 0]
         if ends:
             self._text, self._ended = self._text[: min(ends)], True
 
@@ -202,10 +256,26 @@ def _token_ids(
         known = tokenizer is not None
         check(known, "prompts", "token ids, for there is no tokenizer", "a text")
         prompt = tokenizer.encode(prompt)
-    ids = [int(token) for token in prompt]
-    wrong = next((token for token in ids if not 0 <= token < config.vocab_size), None)
-    check(wrong is None, "prompts", f"token ids in [0, {config.vocab_size})", wrong)
+    expected = "texts or lists of token ids"
+    check(isinstance(prompt, Iterable), "prompts", expected, f"{prompt!r} for one of them")
+    ids = []
+    for token in prompt:
+        try:
+            ids.append(operator.index(token))
+        except TypeError:
+            ids.append(-1)
+        good = 0 <= ids[-1] < config.vocab_size
+        check(good, "prompts", f"token ids in [0, {config.vocab_size})", repr(token))
     return ids
+
+
+def _decoder_behind(ids: list[int], tokenizer: Tokenizer) -> TextStream:
+    """A decoder of what follows a prompt, whose own text it has given already."""
+    decoder = tokenizer.stream()
+    for token in ids[-DECODED_BEFORE:]:
+        if token < tokenizer.vocab_size:
+            decoder.step(token)
+    return decoder
 
 
 def _split_prompt(ids: list[int], mode: str, config: CalmConfig) -> tuple[list[int], list[int]]:
@@ -228,9 +298,9 @@ def _split_prompt(ids: list[int], mode: str, config: CalmConfig) -> tuple[list[i
     return [start] * missing + context, left_over
 
 
-def _start_of_partial(text: str, stop: str) -> int:
+def _start_of_partial(text: str | list[int], stop: str | list[int]) -> int:
     """Where the longest end of `text` that is a beginning of `stop` starts."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return len(text) - size
+    for start in range(max(0, len(text) - len(stop) + 1), len(text)):
+        if text[start:] == stop[: len(text) - start]:
+            return start
     return len(text)

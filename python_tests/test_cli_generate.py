@@ -26,6 +26,10 @@ def test_generate(folder, capsys):
     assert [r["ids"] for r in again] == [r["ids"] for r in results]
     plain = output_of(capsys, *both, "--temperature", "1/2")
     assert all(r["prompt"] + r["text"] in plain for r in results)
+    options = ["--temperature", "0.9", "--method", "exact", "--max-draws", 50, "--json"]
+    exact = lines_of(capsys, *both, *options, "--on-budget", "pool")
+    assert all(0 <= r["acceptance"] <= 1 and r["calls"] > r["spared"] >= 0 for r in exact)
+    assert all(r["acceptance"] is None for r in results)
     [first] = lines_of(capsys, *command, "--prompt", "The cat", "--json")
     streamed = output_of(capsys, *command, "--prompt", "The cat", "--stream")
     assert streamed == first["prompt"] + first["text"] + "\n"
@@ -48,13 +52,35 @@ def test_generate_from_files(folder, tmp_path, capsys, monkeypatch):
     assert whole["prompt"] == "one\nprompt"
 
 
+def test_lines_end_at_newlines_alone(folder, tmp_path, capsys, monkeypatch):
+    """Other characters that Python splits lines at are part of a prompt."""
+    prompts = ["a\u2028b", "c\x85d", "e\x0cf", "g"]
+    command = ["generate", "--model", folder / "calm", "--max-new-tokens", 1, "--json", "--prompts"]
+    own = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    own.write_bytes("\n".join(lines).encode())
+    (tmp_path / "prompts.txt").write_bytes(("\r\n".join(prompts) + "\r\n").encode())
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*prompts, ""])))
+    for source in (own, tmp_path / "prompts.txt", "-"):
+        assert [line["prompt"] for line in lines_of(capsys, *command, source)] == prompts
+
+
 def untimed(lines):
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
-def test_bad_prompt_files(folder, fails, tmp_path):
+def test_bad_prompt_files(folder, fails, tmp_path, monkeypatch):
     generate = ["generate", "--model", folder / "calm", "--prompts"]
     fails([*generate, tmp_path / "absent"], "absent")
+    for name in ("latin.txt", "latin.jsonl"):
+        (tmp_path / name).write_bytes("caf\xe9\n".encode("latin-1"))
+        fails([*generate, tmp_path / name], "prompts: expected UTF-8", str(tmp_path / name))
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert (
+        cli.main([*map(str, generate), str(tmp_path / "empty.txt"), "--max-new-tokens", "1"]) == 0
+    )
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
+    fails([*generate, "-"], "prompts: expected text", "standard input")
     file = tmp_path / "prompts.jsonl"
     for wrong in ("no json", '"text"', '{"text": "x"}', '{"prompt": 3}'):
         file.write_text(f'{{"prompt": "x"}}\n{wrong}\n')

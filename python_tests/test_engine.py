@@ -1,7 +1,5 @@
 """The engine: who else is in a batch, a cache or a chunk, or fails in it, changes nobody's text."""
 
-import random
-
 import pytest
 import torch
 from test_generation import PATCH, PROMPTS, build_model
@@ -116,41 +114,6 @@ def test_known_tokens_of_one_sequence_leave_the_draws_of_others(model):
     assert together[1].ids == alone.ids and together[1].draws == alone.draws == alone.steps
 
 
-# ---- batch_invariant ----
-
-
-@pytest.fixture(scope="module")
-def single():
-    """In float32 and wide enough that products round differently at other batch sizes."""
-    sizes = {"hidden_size": 96, "intermediate_size": 160}
-    return build_model(**sizes).float()
-
-
-def prompts_of_mixed_lengths():
-    draw = random.Random(0)
-    return [[draw.randrange(256) for _ in range(draw.randrange(50))] for _ in range(8)]
-
-
-@pytest.mark.parametrize("temperature", [1, "1/2"])
-def test_batch_invariant_texts_are_the_same_bit_for_bit(single, recorded, temperature):
-    prompts, order = prompts_of_mixed_lengths(), [5, 2, 7, 0, 3, 6, 1, 4]
-    options = {"max_new_tokens": 14, "temperature": temperature, "num_candidates": 6}
-    generator = Generator(single, batch_invariant=True)
-    alone, first = [], {}
-    for name, prompt in enumerate(prompts):
-        alone += generator.generate([prompt], sequence_ids=[name], **options)
-    first |= recorded
-    few = Generator(single, batch_invariant=True, max_batch_size=3)
-    for other, names in ((generator, range(8)), (generator, order), (few, order)):
-        recorded.clear()
-        chosen = [prompts[name] for name in names]
-        results = other.generate(chosen, sequence_ids=names, **options)
-        assert [result.ids for result in results] == [alone[name].ids for name in names]
-        assert recorded.keys() == first.keys()
-        for row, (hidden, patch) in recorded.items():
-            assert torch.equal(hidden, first[row][0]) and torch.equal(patch, first[row][1])
-
-
 # ---- failures ----
 
 
@@ -251,6 +214,23 @@ def test_release_frees_a_slot_in_the_middle(model, alone):
         assert sequences[place].result().ids == alone[name]
 
 
+def test_prompts_that_come_again_get_new_draws(model):
+    """Ids count on from call to call; a call that fails takes none."""
+    generator, options = Generator(model, max_batch_size=4), {"max_new_tokens": 12}
+    sequences = generator.prefill([[1], [1]], **options)
+    with pytest.raises(ValueError, match="free slots"):
+        generator.prefill([[1]] * 5, **options)
+    sequences += generator.prefill([[1]], sequence_ids=[40], **options)
+    sequences += generator.prefill([[1]], **options)
+    while generator.step():
+        pass
+    ids = [0, 1, 40, 3]
+    assert [sequence.name for sequence in sequences] == ids
+    expected = generator.generate([[1]] * 4, sequence_ids=ids, **options)
+    assert [sequence.result().ids for sequence in sequences] == [g.ids for g in expected]
+    assert len({tuple(g.ids) for g in expected}) == 4
+
+
 def test_bad_engines(model):
     for name, value in (("max_batch_size", 0), ("prefill_chunk", 0), ("max_patches", 41)):
         with pytest.raises(ValueError, match=f"{name}: expected .* got {value}"):
@@ -301,9 +281,11 @@ def test_a_constrained_prompt_without_whole_patch_needs_bos():
     with pytest.raises(ValueError, match="whole patches"):
         Generator(without).generate([[1, 2, 3]], max_new_tokens=4, prompt="constrain")
     options = {"max_new_tokens": 3, "num_candidates": 2, "max_draws": 2}
-    with pytest.warns(UserWarning, match="prefix"):
-        [result] = Generator(without).generate([[1] * 7], prompt="constrain", **options)
-    assert len(result.ids) == 3 and result.steps == 2
+    with pytest.warns(UserWarning, match=f"prefix.* row ids {3 << 32};"):
+        bound = {"prompt": "constrain", "sequence_ids": [3]}
+        [result] = Generator(without).generate([[1] * 7], **bound, **options)
+    assert len(result.ids) == 3 and result.steps == 2 and not result.constrained
+    assert Generator(without).generate([[1] * 4], **options)[0].constrained
 
 
 # ---- statistics and the cache ----
@@ -318,6 +300,28 @@ def test_statistics(model):
     assert one.seconds > 0 and pool.error is None
     [none] = Generator(model).generate([[1, 2]], max_new_tokens=0)
     assert (none.steps, none.draws, none.seconds, none.ids) == (0, 0, 0, [])
+
+
+def test_what_algorithm_1_took_is_reported(model, monkeypatch):
+    """Sums over the patches of a text; a patch that a pool chose was not accepted."""
+    samples = []
+
+    def draw(*arguments, **options):
+        samples.append(sample_patches(*arguments, **options))
+        return samples[-1]
+
+    monkeypatch.setattr(engine, "sample_patches", draw)
+    options = {"max_new_tokens": 22, "temperature": "0.4", "num_candidates": 30}
+    exact = options | {"method": "exact", "max_draws": 150, "on_budget": "pool"}
+    [result] = Generator(model).generate([[1, 2]], **exact)
+    for name in ("draws", "calls", "spared"):
+        assert getattr(result, name) == sum(int(getattr(sample, name)) for sample in samples)
+    trials = sum(int(sample.trials) for sample in samples)
+    accepted = sum(bool(sample.exact) for sample in samples)
+    assert 0 < accepted < len(samples) == result.steps  # both ways were taken
+    assert result.acceptance == accepted / trials and result.calls >= 2 * trials
+    [pool] = Generator(model).generate([[1, 2]], **options | {"temperature": "1/2"})
+    assert (pool.acceptance, pool.calls, pool.spared) == (None, 0, 0)
 
 
 def test_slots_of_a_cache_share_its_memory(model):

@@ -3,6 +3,7 @@
 import codecs
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,7 +84,9 @@ def scripted(monkeypatch, model):
                 patches.append(patch + [EOS] + [65] * (PATCH - len(patch) - 1))
             count, every = torch.ones_like(rows), torch.ones_like(rows, dtype=torch.bool)
             patches = torch.tensor([patch[:PATCH] for patch in patches]).view(-1, PATCH)
-            return PatchSample(patches, count, PATCH * count, every, ~every)
+            counts = dict.fromkeys(("trials", "calls", "spared"), 0 * count)
+            counts |= {"draws": count, "slots": PATCH * count}
+            return PatchSample(patches=patches, exact=every, matched=every, sure=~every, **counts)
 
         for module in (engine, generation):
             monkeypatch.setattr(module, "sample_patches", draw)
@@ -190,6 +193,29 @@ def test_stream_holds_back_what_may_begin_a_stop_text(scripted):
     assert generator.generate(["x"], **options)[0].text == "start <st start "
 
 
+def test_stop_ids_end_like_stop_texts(scripted, model):
+    """Across the ends of patches, inside a character, beside texts, and without a tokenizer."""
+    texts = ["one. two", "ab€cd", "abcdefgh", "plain", "aaaab"]
+    stops = [[*b". "], [*"€".encode()[1:]], [*b"def"], [*b"aab"]]
+    generator = scripted(*texts)
+    results = generator.generate(["x"] * 5, max_new_tokens=8, stop=[*stops, "gh"])
+    assert [result.text for result in results] == ["one", "ab", "abc", "plain", "aa"]
+    assert [result.finished for result in results] == [True] * 5
+    assert results[0].ids == list(b"one. ") and results[1].ids == list("ab€".encode())
+    generator.tokenizer = None
+    without = generator.generate([[1]] * 5, max_new_tokens=8, stop=np.array([[*b"def"]]))
+    assert without[2].ids == list(b"abcdef") and without[2].text is None
+    assert without[0].ids == list(b"one. two")[:8]
+
+
+def test_stream_holds_back_what_may_begin_stop_ids(scripted):
+    generator = scripted("start <st start <stop> never")
+    options = {"max_new_tokens": 40, "stop": [[*b"<stop>"], [*b"<s", 0]]}
+    pieces = list(generator.stream("x", **options))
+    assert "".join(pieces) == "start <st start "
+    assert not any(piece.endswith(("<", "<s")) for piece in pieces[:-1])
+
+
 def test_stream_is_lazy_and_checks_at_once(scripted, model):
     generator = scripted("abcdefghijkl")
     with pytest.raises(ValueError, match="max_new_tokens"):
@@ -241,7 +267,26 @@ def test_no_prompts(model):
         (["text"], {}, "no tokenizer"),
         ("text", {}, "list of prompts"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
-        ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens"),
+        ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens: expected an int, got 1.5"),
+        ([1, 2, 3], {}, "prompts: expected texts or lists of token ids, got 1"),
+        (5, {}, "prompts: expected a list of prompts, got 5"),
+        ([None], {}, "prompts: .* got None"),
+        ([[None]], {}, r"prompts: expected token ids in \[0, 260\), got None"),
+        ([["a"]], {}, "prompts: .* got 'a'"),
+        ([[1.7]], {}, "prompts: .* got 1.7"),
+        ([torch.tensor([1.5])], {}, r"prompts: .* got tensor\(1.5"),
+        ([[1]], {"max_draws": 1.5}, "max_draws: .* got 1.5"),
+        ([[1]], {"seed": 1.5}, "seed: .* got 1.5"),
+        ([[1]], {"stop": None}, "stop: expected a list of texts or lists of token ids, got None"),
+        ([[1]], {"stop": [None]}, r"stop: .* got \[None\]"),
+        ([[1]], {"stop": [5, 6]}, r"stop: .* lists of token ids, got \[5, 6\]"),
+        ([[1]], {"stop": [[]]}, "not empty"),
+        ([[1]], {"stop": [[5, 260]]}, r"stop: expected token ids in \[0, 260\), got 260"),
+        ([[1]], {"stop": [[1.5]]}, "stop: .* got 1.5"),
+        ([[1]], {"stop": [["a"]]}, "stop: .* got 'a'"),
+        ([[1]], {"sequence_ids": [3.5]}, "sequence_ids: .* got 3.5"),
+        ([[1]], {"sequence_ids": 3}, "sequence_ids: .* got 3"),
+        ([[1]], {"temperature": 1e-20, "method": "exact"}, "temperature: .* got 1e-20"),
         ([[1]], {"temperature": 0.3}, "nearest are 1/4 and 1/3"),
         ([[1]], {"temperature": 2}, "temperature"),
         ([[1]], {"num_candidates": 0}, "num_candidates"),
@@ -261,12 +306,46 @@ def test_bad_requests(model, prompts, changes, message):
         Generator(model).generate(prompts, **({"max_new_tokens": 4} | changes))
 
 
+@pytest.mark.parametrize("wrong", [20.0, "20", None])
+@pytest.mark.parametrize("temperature", [1, "1/2"])
+def test_pools_that_are_no_number(model, wrong, temperature):
+    options = {"num_candidates": wrong, "temperature": temperature}
+    with pytest.raises(ValueError, match=f"num_candidates: expected an int, got {wrong!r}"):
+        Generator(model).generate([[1]], max_new_tokens=4, **options)
+    with pytest.raises(ValueError, match=f"num_candidates: expected an int, got {wrong!r}"):
+        sample_patches(model, torch.zeros(1, 16).double(), **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["max_batch_size", "max_patches", "prefill_chunk", "steps_per_read"]
+)
+def test_settings_that_are_no_number(model, name):
+    for wrong in (2.5, "2"):
+        with pytest.raises(ValueError, match=f"{name}: expected an int, got {wrong!r}"):
+            Generator(model, **{name: wrong})
+
+
+def test_integers_of_every_library(model):
+    generator = Generator(model, max_batch_size=np.int64(2), max_patches=torch.tensor(20))
+    options = {"temperature": "1/2", "max_draws": np.int32(50), "num_candidates": np.uint8(5)}
+    numbers = {"max_new_tokens": np.int64(4), "seed": np.int64(3), "sequence_ids": np.arange(2)}
+    results = generator.generate([np.arange(4), torch.arange(4)], **numbers, **options)
+    plain = {"max_new_tokens": 4, "seed": 3, "temperature": "1/2", "num_candidates": 5}
+    expected = Generator(model).generate([[0, 1, 2, 3]] * 2, **plain)
+    assert [result.ids for result in results] == [result.ids for result in expected]
+
+
 def test_foreign_models_and_tokenizers(model):
     with pytest.raises(ValueError, match="not an autoencoder"):
         Generator(model.ae_model)
     small = build_model(vocab_size=259)
     with pytest.raises(ValueError, match="use the tokenizer it was trained with"):
         Generator(small, Bytes())
+    other = build_model(eos_token_id=3)
+    message = f"tokenizer: .*config.eos_token_id = 3, got eos_id = {EOS}"
+    with pytest.raises(ValueError, match=message):
+        Generator(other, Bytes())
+    Generator(build_model(eos_token_id=None), Bytes())
 
 
 def test_damaged_weights_are_reported():

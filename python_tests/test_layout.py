@@ -91,7 +91,7 @@ def test_imports_go_one_way() -> None:
         ["nn"],
         ["draws"],
         ["pool"],
-        ["rejection"],
+        ["matches", "rejection"],
         ["sampling", "evaluation", "training", "losses", "brier"],
         ["sequence"],
         ["replay"],

@@ -12,7 +12,7 @@ from test_reference import FALSE_ALARM, distribution
 from torch import Tensor
 
 from calm_rt import ops, pool
-from calm_rt.pool import vote
+from calm_rt.pool import Pools, vote
 from calm_rt.sampling import sample_from_pool
 from calm_rt.threads import restored_threads
 
@@ -72,7 +72,6 @@ def test_equals_select_patch_on_the_decoded_pool(sizes, n: int, price: int) -> N
     draws = planted_pools(tokens, n, rows)
     got = vote(draws, tokens, n)
     assert torch.equal(got.patches, chosen_from(tokens, n, n, rows))
-    assert got.matched.all()
     assert draws.decoded == got.slots.sum() <= tokens.numel()
 
 
@@ -124,11 +123,16 @@ def test_known_tokens_leave_a_smaller_pool(n: int, kinds: tuple[int, ...], price
     known = torch.arange(150) % 4
     prefix = torch.where(torch.arange(3) < known[:, None], tokens[:, 0], -1)
     prefix[::25] = 500  # which no candidate has
-    got = vote(planted_pools(tokens, n, rows), tokens, n, prefix)
+    draws = planted_pools(tokens, n, rows)
+    kept = Pools(draws, tokens)
+    kept.keep(prefix)
+    known = kept.tokens.unflatten(1, kept.shape)
+    assert (known[:, (prefix < 0).all(1)] == -1).all()  # no token is looked at in vain
+    got = vote(draws, tokens, n, tokens=known, alive=kept.alive)
     for row in range(150):
         matching = ((prefix[row] < 0) | (tokens[row] == prefix[row])).all(-1)
-        assert got.matched[row] == bool(matching.any())
-        if got.matched[row] and n > 1:
+        assert torch.equal(kept.alive[row], matching)
+        if matching.any() and n > 1:
             rest = tokens[row, matching][None]
             assert torch.equal(got.patches[row, None], chosen_from(rest, n, n, rows[row, None]))
 

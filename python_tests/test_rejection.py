@@ -144,8 +144,18 @@ def test_a_pool_may_take_over(temperature: str) -> None:
     assert (sample.draws[::2] == 350).all() and (sample.draws[1::2] < 300).all()
     assert (sample.patches[1::2] == PATCHES[0]).all()
     assert len(sample.patches[::2].unique(dim=0)) > 1
+    assert (sample.trials >= 1).all() and (sample.calls >= 40).all()
     alone = sample_by_rejection(draws.of(rows[6:7]), Fraction(temperature), 50, 300, "pool", None)
     assert torch.equal(alone.patches[0], sample.patches[6])
+
+
+def test_what_algorithm_1_took_is_reported() -> None:
+    for temperature in (Fraction(1, 4), Fraction(3, 10)):
+        result = reject(planted(6, 300), temperature, 10_000)
+        sample = sample_by_rejection(planted(6, 300), temperature, 50, 10_000, "raise", None)
+        for name in ("draws", "slots", "trials", "calls", "spared"):
+            assert torch.equal(getattr(sample, name), getattr(result, name))
+    assert (sample.spared > 0).any()
 
 
 def test_the_pool_that_takes_over_is_new() -> None:

@@ -195,6 +195,22 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(model, hidden, tempera
             assert torch.equal(alone.draws, together.draws[order])
 
 
+@pytest.mark.parametrize("temperature", [0, "1/2", "1/3"])
+@pytest.mark.parametrize("first", [False, True], ids=["pool", "tuples first"])
+def test_lazy_pools_choose_what_whole_ones_choose(model, hidden, monkeypatch, temperature, first):
+    """On a model, and in float64, where no rounding depends on who is decoded together."""
+    many, options = hidden.repeat(40, 1), {"temperature": temperature, "tuples_first": first}
+    samples = []
+    for smallest in (0, 1 << 62):
+        monkeypatch.setattr(sampling, "WHOLE_SEARCH", smallest)
+        samples.append(sample_patches(model, many, seed=3, **options))
+    lazy, whole = samples
+    for field in ("patches", "draws", "sure", "exact"):
+        assert torch.equal(getattr(lazy, field), getattr(whole, field))
+    assert (lazy.slots <= whole.slots).all() and (lazy.slots < whole.slots).any()
+    assert len(lazy.patches.unique(dim=0)) > 1 and lazy.sure.any() == (temperature != 0)
+
+
 @pytest.mark.parametrize("method", ["pool", "exact"])
 def test_contexts_that_do_not_fit_wait(model, hidden, monkeypatch, method):
     options = {"temperature": "1/2", "num_candidates": 30, "seed": 2, "method": method}
@@ -254,7 +270,7 @@ def test_known_tokens_are_kept(model, hidden, temperature, method):
     options = {"temperature": temperature, "method": method, "seed": 5, "rows": ROWS}
     sample = sample_patches(model, hidden, prefix=prefix, **options)
     assert sample.patches[0, 0] == mode[0]
-    assert (sample.exact == (temperature == 1 or method == "exact")).all()
+    assert (sample.exact == (temperature == 1 or method == "exact")).all() and sample.matched.all()
     if temperature != 1:
         free = sample_patches(model, hidden, **options)
         assert torch.equal(sample.patches[1:], free.patches[1:])
@@ -266,9 +282,12 @@ def test_known_tokens_that_no_draw_has(model, hidden):
     token = torch.bincount(drawn[:, 0], minlength=8).argmin()
     prefix = torch.tensor([[int(token), -1], [-1, -1]])
     options = {"temperature": "1/2", "num_candidates": 10, "max_draws": 35, "prefix": prefix}
-    with pytest.warns(UserWarning, match="no draw of 30 begins with them in 1 of 1 contexts"):
-        sample = sample_patches(model, hidden[[0, 1]], **options)
-    assert sample.draws.tolist() == [30, 10]
+    message = f"no draw of 35 begins with them in 1 of 1 contexts .*, with row ids {2**33};"
+    rows = torch.tensor([2**33, 5])
+    with pytest.warns(UserWarning, match=message):
+        sample = sample_patches(model, hidden[[0, 1]], rows=rows, **options)
+    assert sample.matched.tolist() == [False, True]
+    assert sample.draws.tolist() == [35, 10]
     assert sample.patches[0, 0] == token
     with pytest.raises(BudgetError):
         sample_patches(model, hidden[[0, 1]], method="exact", **options)

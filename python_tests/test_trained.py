@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import torch
 
-from calm_rt import official
+from calm_rt import official, sampling, tuples
 from calm_rt.losses import autoencoder_loss, energy_loss
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.sampling import sample_patches
@@ -107,15 +107,24 @@ def p_values(trained, hidden, expected: np.ndarray, **options) -> list[float]:
     return found
 
 
+@pytest.mark.parametrize("lazy", [False, True], ids=["whole", "lazy"])
+@pytest.mark.parametrize(("share", "first"), [(0, False), (10.0, False), (10.0, True)])
 @pytest.mark.parametrize(("temperature", "size"), [("1/2", 5), ("1/3", 8)])
-def test_pools_are_those_of_algorithm_2(trained, hidden, draws, temperature, size):
-    """Against the official loop over pools of draws that the test does not share."""
+def test_pools_are_those_of_algorithm_2(
+    trained, hidden, draws, temperature, size, share, lazy, first, monkeypatch
+):
+    """Against the official loop over pools of draws that the test does not share; by every path."""
+    monkeypatch.setattr(tuples, "LARGEST_SHARE", share)
+    monkeypatch.setattr(sampling, "WHOLE_SEARCH", 0 if lazy else 1 << 62)
     pools = draws[: TRUTH // size * size].reshape(-1, size)
     n = round(1 / Fraction(temperature))
     tokens = torch.from_numpy(pools)[:, :, None]
     chosen = official.select_patch(tokens, n=n).numpy()[:, 0]
     expected = np.bincount(chosen, minlength=VOCABULARY**PATCH) / len(chosen)
-    options = {"temperature": temperature, "num_candidates": size}
+    options = {"temperature": temperature, "num_candidates": size, "tuples_first": first}
+    sample = sample_patches(trained, hidden.expand(TRIALS, -1), **options)
+    assert sample.sure.any() == (share > 0)
+    assert (sample.slots.unique().numel() == 1) == (not lazy and not first)
     values = p_values(trained, hidden, expected, **options)
     assert scipy.stats.kstest(values, "uniform").pvalue > 1e-4, values
 
@@ -137,7 +146,7 @@ def test_other_temperatures_are_told_apart(trained, hidden, draws):
 
 
 @pytest.mark.skipif(not BENCHMARK.is_file(), reason="not in a checkout")
-def test_known_tokens_predict_better_than_padding(trained):
+def test_known_tokens_and_alignment_predict_better_than_padding(trained):
     spec = importlib.util.spec_from_file_location("bench_prompts", BENCHMARK)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
@@ -145,6 +154,7 @@ def test_known_tokens_predict_better_than_padding(trained):
     scores = bench.prompt_scores(trained, documents, range(5 * PATCH, 6 * PATCH))
     assert Counter(left for _, left in scores) == {0: 1, 1: 3, 2: 3}
     for left in (1, 2):
-        better = scores["constrain", left] - scores["padded", left]
-        assert better.mean() > 3 * better.std() / len(better) ** 0.5
+        for way in ("constrain", "align"):
+            better = scores[way, left] - scores["padded", left]
+            assert better.mean() > 3 * better.std() / len(better) ** 0.5
     assert len(bench.table(scores).splitlines()) == 8

@@ -165,7 +165,7 @@ def test_known_tokens_of_one_context_change_no_other() -> None:
         others = prefix[:, 0] < 0
         for field in ("patches", "draws", "sure", "exact"):
             assert torch.equal(getattr(mixed, field)[others], getattr(free, field)[others])
-        assert (mixed.patches[~others, 0] == 3).all() and (mixed.draws[~others] == 200).all()
+        assert (mixed.patches[~others, 0] == 3).all() and (mixed.draws[~others] == 400).all()
         assert not mixed.sure[~others].any()
 
 
