@@ -6,10 +6,11 @@ from test_engine import MANY, model, poisoned  # noqa: F401
 from test_generation import build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calm_rt import generation
+from calm_rt import engine, generation
 from calm_rt.generation import Generator
 from calm_rt.nn import KVCache
 from calm_rt.replay import Steps
+from calm_rt.sampling import sample_patches
 from calm_rt.sequence import Sampling
 
 SETTINGS = {"max_new_tokens": 22, "seed": 5, "num_candidates": 20}
@@ -122,7 +123,7 @@ def test_captured_steps_serve_the_next_call(model, monkeypatch):  # noqa: F811
     made = captures(monkeypatch)
     generator = Generator(model, steps_per_read=4)
     for seed in (5, 6, 5):
-        settings = SETTINGS | {"seed": seed}
+        settings = SETTINGS | {"seed": seed, "temperature": "1/2", "num_candidates": 40}
         expected = Generator(model).generate(MANY, **settings)
         results = generator.generate(MANY, **settings)
         assert [one.ids for one in results] == [one.ids for one in expected]
@@ -130,6 +131,22 @@ def test_captured_steps_serve_the_next_call(model, monkeypatch):  # noqa: F811
     generator.generate(MANY[:3], **SETTINGS)
     assert len(made) == len(set(made)) > 1  # one of each size, whatever the seed
     assert all(size & (size - 1) == 0 for size in made)
+
+
+def test_a_call_knows_nothing_of_what_the_last_was_sure_of(model, monkeypatch):  # noqa: F811
+    firsts = []
+
+    def draw(*arguments, tuples_first, **options):
+        firsts.append(tuples_first)
+        sample = sample_patches(*arguments, tuples_first=tuples_first, **options)
+        return sample._replace(sure=torch.full_like(sample.sure, True))
+
+    monkeypatch.setattr(engine, "sample_patches", draw)
+    generator = Generator(model, max_batch_size=1, steps_per_read=4)
+    for _ in range(2):
+        generator.generate(MANY, **SETTINGS | {"temperature": "1/2", "num_candidates": 64})
+    half = len(firsts) // 2
+    assert firsts[:half] == firsts[half:] and (firsts[0], firsts[half - 1]) == (False, True)
 
 
 def test_an_engine_that_no_longer_fits_is_given_up(model, monkeypatch):  # noqa: F811
