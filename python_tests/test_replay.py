@@ -211,3 +211,22 @@ def test_known_tokens_and_other_methods_take_single_steps(model):  # noqa: F811
 def test_bad_steps_per_read(model):  # noqa: F811
     with pytest.raises(ValueError, match="steps_per_read: expected at least 1, got 0"):
         Generator(model, steps_per_read=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("temperature", [1, "1/2"])
+def test_replays_are_the_steps(monkeypatch, temperature):
+    """On a device: a captured step and the same step issued op by op, twice each."""
+    replayed = build_model().float().cuda()
+    sampling = Sampling(temperature, 20, "pool", 100, "raise", 0)
+    last = torch.ones(3, replayed.config.patch_size, dtype=torch.int64, device="cuda")
+    rows = torch.arange(3, device="cuda") << 32
+
+    @torch.no_grad()
+    def run():
+        steps = Steps(replayed, KVCache(replayed.config, 4, 12, torch.float32, "cuda"), sampling, 4)
+        return [steps.run(last, rows, seed, 4).tolist() for seed in (5, 6)]
+
+    captured = run()
+    monkeypatch.setattr(Steps, "_capture", lambda steps: None)
+    assert captured == run() and captured[0] != captured[1]
