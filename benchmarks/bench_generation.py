@@ -1,22 +1,25 @@
 """The choice of the next patch at T = 1/2 from a pool of 200, at the size of CALM-M.
 
     pytest benchmarks -k selection
-    python benchmarks/bench_generation.py [--plot FILE] [--model MODEL] [--record MODEL SHARDS]
+    python benchmarks/bench_generation.py [--plot FILE] [--model MODEL] [--json FILE]
+    python benchmarks/bench_generation.py --record MODEL SHARDS
 
 `official` is the official code's formulas in eager PyTorch: the head on 200 copies of the context,
 the decoder on all latent vectors, all logits, argmax, a Counter on the host. `native` is
-sample_patches. Both run head and decoder of the official sizes on random weights, and then decode
-planted latent vectors, so that the pools are those that a small trained model drew ("real",
-benchmarks/pools.npz, one after the other) or have no patch twice ("without repeats"). What a lazy
-pool saves depends on its entropy: --plot times and draws that, pool by pool. --model times whole
-steps of a trained model instead, the quickstart's for example: against the official formulas on the
-same backbone, and a batch against its sequences one by one.
+sample_patches, `tuples first` the same with tuples_first, as a Generator calls it once tuples have
+decided enough of its steps. All run head and decoder of the official sizes on random weights, and
+then decode planted latent vectors, so that the pools are those that a small trained model drew
+("real", benchmarks/pools.npz, one after the other) or have no patch twice ("without repeats"). What
+a lazy pool saves depends on its entropy: --plot times and draws that, pool by pool. --model times
+whole steps of a trained model instead, the quickstart's for example: against the official formulas
+on the same backbone, and a batch against its sequences one by one.
 """
 
 import argparse
 import io
 import itertools
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from step_rows import conditions, medians, step_rows, write_rows
 from torch import Tensor, nn
 
 import calm_rt
@@ -143,13 +147,43 @@ def pools_without_repeats() -> Tensor:
 KINDS = {"real": real_pools, "without repeats": pools_without_repeats}
 
 
-def measure(model: PlantedCalm, rounds: int) -> dict[str, float]:
-    """Median milliseconds of a choice, the rivals on the same pools in turns."""
+def select_tuples_first(model: PlantedCalm, pools: Iterator[Tensor]) -> PatchSample:
+    """What is timed as `tuples first`.
+
+    pools: latent vectors [S, L] each, of which a choice takes one, whole or its first draws alone.
+    """
+    latents, usual = next(pools), model.turns["native"]
+    model.turns["native"] = itertools.repeat(latents)
+
+    def sample(hidden: Tensor, count: int, *rest: Any) -> Tensor:
+        return PlantedCalm.sample(model, hidden, count, *rest)[:count]
+
+    model.sample = sample
+    try:
+        options = {"temperature": "1/2", "num_candidates": CANDIDATES, "tuples_first": True}
+        return sample_patches(model, model.hidden(), **options)
+    finally:
+        del model.sample
+        model.turns["native"] = usual
+
+
+def measure(model: PlantedCalm, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a choice, the rivals on the same pools in turns."""
     with torch.no_grad():
         decoded = ops.decode(model.latents[0], model.ae_model.decoder.weights())
     assert torch.equal(decoded, model.pools[0])  # else these are not the pools that are named
-    times = compete({"official": model.select_officially, "native": model.select}, "cpu", rounds)
-    return {rival: 1e3 * statistics.median(values) for rival, values in times.items()}
+    pools = itertools.cycle(model.latents)
+    calls = {
+        "official": model.select_officially,
+        "native": model.select,
+        "tuples first": lambda: select_tuples_first(model, pools),
+    }
+    return compete(calls, "cpu", rounds)
+
+
+def selection_rows(kind: str, dtype: str, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    return step_rows("selection", f"selection-{kind}-{dtype}", name, times)
 
 
 def entropy(tokens: Tensor) -> float:
@@ -160,26 +194,33 @@ def entropy(tokens: Tensor) -> float:
 
 def by_entropy(model: PlantedCalm, rounds: int) -> list[dict[str, float]]:
     """For every pool: entropy, share of the tokens that were decoded, here and if passes over the
-    vocabulary cost nothing, and milliseconds."""
+    vocabulary cost nothing, milliseconds, those of `tuples first`, and whether a tuple decided."""
     rows = []
     for tokens, latents in zip(model.pools, model.latents, strict=True):
         model.turns["native"] = itertools.cycle([latents])
-        times = compete({"native": model.select}, "cpu", rounds)["native"]
+        one = itertools.repeat(latents)
+        calls = {"native": model.select, "first": lambda one=one: select_tuples_first(model, one)}
+        times = compete(calls, "cpu", rounds)
         price = pool.PASS_ROWS["cpu"]
         shares = {}
         for name, pass_rows in (("decoded", price), ("slot by slot", -1)):
             pool.PASS_ROWS["cpu"] = pass_rows
             shares[name] = int(model.select().slots) / (CANDIDATES * PATCH)
         pool.PASS_ROWS["cpu"] = price
-        rows.append({"bits": entropy(tokens), **shares, "ms": 1e3 * statistics.median(times)})
+        sure = bool(select_tuples_first(model, one).sure)
+        row = {"bits": entropy(tokens), **shares, "sure": sure}
+        for name, rival in (("ms", "native"), ("tuples first ms", "first")):
+            row[name] = 1e3 * statistics.median(times[rival])
+        rows.append(row)
     return sorted(rows, key=lambda row: row["bits"])
 
 
 def table(rows: list[dict[str, float]], official_ms: float) -> str:
-    lines = ["  entropy   decoded   slot by slot   time        official / native"]
+    lines = ["  entropy   decoded   slot by slot   time      official / native   tuples first"]
     lines += [
         f"{row['bits']:6.2f} bit {row['decoded']:8.0%} {row['slot by slot']:12.0%} "
-        f"{row['ms']:9.1f} ms {official_ms / row['ms']:12.1f} x"
+        f"{row['ms']:9.1f} ms {official_ms / row['ms']:12.1f} x "
+        f"{official_ms / row['tuples first ms']:13.1f} x{' sure' if row['sure'] else ''}"
         for row in rows
     ]
     return "\n".join(lines)
@@ -194,8 +235,10 @@ def draw(rows: list[dict[str, float]], official_ms: float, title: str) -> Figure
         left.plot(bits, [row[name] for row in rows], mark, label=name)
     left.set(ylim=(0, 1.05), ylabel="share of the tokens that are decoded")
     left.legend()
-    right.plot(bits, [official_ms / row["ms"] for row in rows], "o")
-    right.set(ylim=(0, None), ylabel="official / native time")
+    for name, key, mark in (("native", "ms", "o"), ("tuples first", "tuples first ms", "x")):
+        right.plot(bits, [official_ms / row[key] for row in rows], mark, label=name)
+    right.set(ylim=(0, None), ylabel="official / time")
+    right.legend()
     for axis in (left, right):
         axis.set(xlabel="entropy of the pool, bits")
         axis.grid(alpha=0.3)
@@ -219,8 +262,8 @@ def write_officially(model: Calm, num_patches: int) -> list[list[int]]:
     return written
 
 
-def measure_steps(folder: str, rounds: int) -> None:
-    """Prints what NEW_TOKENS tokens of a trained model take, alone and in a batch."""
+def measure_steps(folder: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of NEW_TOKENS tokens of a trained model, alone and in a batch."""
     model = calm_rt.load(folder)
     generator = Generator(model)
     options = {"max_new_tokens": NEW_TOKENS, "temperature": "1/2", "num_candidates": CANDIDATES}
@@ -245,8 +288,8 @@ def measure_steps(folder: str, rounds: int) -> None:
     }
     for title, calls in duels.items():
         times = compete(calls, "cpu", rounds)
-        medians = {rival: 1e3 * statistics.median(values) for rival, values in times.items()}
-        print(duel_text(f"{title} of {folder}", medians, "native"), flush=True)
+        dtype = str(model.transformer.norm.weight.dtype).removeprefix("torch.")
+        yield step_rows("generation", title, dtype, times, model=Path(folder).name)
 
 
 @torch.no_grad()
@@ -267,9 +310,9 @@ def record(folder: str, shards: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_selection(kind: str, dtype: str, capsys) -> None:
-    times = measure(PlantedCalm(KINDS[kind](), DTYPES[dtype]), ROUNDS)
+    rows = selection_rows(kind, dtype, measure(PlantedCalm(KINDS[kind](), DTYPES[dtype]), ROUNDS))
     with capsys.disabled():
-        print(f"\n{duel_text(f'selection, {kind}, {dtype}', times, 'native')}")
+        print(f"\n{duel_text(f'selection, {kind}, {dtype}', medians(rows), 'native')}")
 
 
 def main() -> None:
@@ -277,27 +320,37 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument("--plot", metavar="FILE", help="also time every real pool, and draw that")
     parser.add_argument("--model", help="a trained model's folder: time whole steps of it instead")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows and their conditions")
     parser.add_argument("--record", nargs=2, metavar=("MODEL", "SHARDS"), help="and do no more")
     options = parser.parse_args()
     if options.record:
         record(*options.record)
         return
+    where, rows = conditions(), []
     if options.model:
-        measure_steps(options.model, options.rounds)
+        for measured in measure_steps(options.model, options.rounds):
+            rows += measured
+            write_rows(options.json, where, rows)
+            title = f"{measured[0]['case']} of {options.model}"
+            print(duel_text(title, medians(measured), "native"), flush=True)
         return
     for name, dtype in DTYPES.items():
         for kind, pools in KINDS.items():
             model = PlantedCalm(pools(), dtype)
-            times = measure(model, options.rounds)
+            measured = selection_rows(kind, name, measure(model, options.rounds))
+            rows += measured
+            write_rows(options.json, where, rows)
+            times = medians(measured)
             title = f"selection, {kind}, {name}"
             text = duel_text(title, times, "native")
             print(text, flush=True)
             if options.plot and kind == "real":
-                rows = by_entropy(model, 3)
-                print(table(rows, times["official"]), flush=True)
+                where[f"pools of {name}"] = by_entropy(model, 3)
+                write_rows(options.json, where, rows)
+                print(table(where[f"pools of {name}"], times["official"]), flush=True)
                 path = Path(options.plot)
                 path = path.with_stem(f"{path.stem}-{name}")
-                draw(rows, times["official"], text).savefig(path, dpi=150)
+                draw(where[f"pools of {name}"], times["official"], text).savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

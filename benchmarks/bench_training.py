@@ -1,6 +1,7 @@
 """One training step of a small CALM and of its autoencoder: official, compiled and ours.
 
-    pytest benchmarks -k training        python benchmarks/bench_training.py --profile
+    pytest benchmarks -k training
+    python benchmarks/bench_training.py [--profile] [--json FILE]
 
 `official` is the official code's loss in eager PyTorch on the same modules, `compiled`
 torch.compile of it, `ours` calm_rt.losses as calm_rt.training runs it, the encoder folded. A step
@@ -8,11 +9,12 @@ is loss, backward, clipping and AdamW, in fp32; the three take turns round by ro
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from step_rows import conditions, medians, step_rows, write_rows
 from torch import Tensor, nn
 
 from calm_rt import losses, official_losses
@@ -90,16 +92,16 @@ def make_step(kind: str, rival: str, loss: Loss) -> Callable[[], Tensor]:
     return step
 
 
-def measure(kind: str, rounds: int) -> dict[str, float]:
-    """Median milliseconds of a step of each rival."""
+def measure(kind: str, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one kind of step, one a rival."""
     torch.compiler.reset()
     steps = {rival: make_step(kind, rival, loss) for rival, loss in losses_of(kind).items()}
-    times = compete(steps, "cpu", rounds)
-    return {rival: 1e3 * statistics.median(values) for rival, values in times.items()}
+    case = f"{kind}-training"
+    return step_rows(case, case, "float32", compete(steps, "cpu", rounds), ids=IDS[kind])
 
 
-def comparison(kind: str, times: dict[str, float]) -> str:
-    return duel_text(f"one {kind} step, ids {list(IDS[kind])}", times, "ours")
+def comparison(kind: str, rows: list[dict[str, Any]]) -> str:
+    return duel_text(f"one {kind} step, ids {list(IDS[kind])}", medians(rows), "ours")
 
 
 def profile(kind: str, rival: str) -> str:
@@ -120,18 +122,23 @@ def profile(kind: str, rival: str) -> str:
 
 @pytest.mark.parametrize("kind", IDS)
 def test_training_step(kind: str, capsys) -> None:
-    times = measure(kind, ROUNDS)
+    rows = measure(kind, ROUNDS)
     with capsys.disabled():
-        print(f"\n{comparison(kind, times)}")
+        print(f"\n{comparison(kind, rows)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument("--profile", action="store_true", help="also where the time goes")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows and their conditions")
     options = parser.parse_args()
+    where, rows = conditions(), []
     for kind in IDS:
-        print(comparison(kind, measure(kind, options.rounds)), flush=True)
+        measured = measure(kind, options.rounds)
+        rows += measured
+        write_rows(options.json, where, rows)
+        print(comparison(kind, measured), flush=True)
         if options.profile:
             print(profile(kind, "official"), profile(kind, "ours"), sep="\n", flush=True)
 

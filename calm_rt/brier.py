@@ -198,8 +198,8 @@ def summarise(
     brier = sums.sum(0) / counts.sum()
     resampled = bootstrap(sums, counts, num_bootstrap, seed)
     return BrierLM(
-        score=float(_score(brier)),
-        interval=interval(_score(resampled)),
+        score=float(score(brier)),
+        interval=interval(score(resampled)),
         brier=tuple(brier.tolist()),
         brier_intervals=tuple(interval(column) for column in resampled.T),
         num_patches=len(terms),
@@ -208,7 +208,7 @@ def summarise(
     )
 
 
-def _score(brier: np.ndarray) -> np.ndarray:
+def score(brier: np.ndarray) -> np.ndarray:
     """100 x the geometric mean; 0 unless all are positive, or two negatives would make a score."""
     undefined = (brier <= 0).any(-1)
     return np.where(undefined, 0.0, 100 * np.abs(brier.prod(-1)) ** 0.25)

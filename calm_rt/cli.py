@@ -187,6 +187,11 @@ def _add_generate(commands) -> None:
     command.add_argument(
         "--batch-invariant", action="store_true", help="a text does not depend on its batch: slower"
     )
+    command.add_argument(
+        "--steps-per-read",
+        type=int,
+        help="steps before a look at what was drawn (default: 8 on a GPU, 1 on a CPU)",
+    )
     command.add_argument("--tokenizer", help="file or folder (default: the model's folder)")
     command.add_argument("--stream", action="store_true", help="print text as it comes (1 prompt)")
     _add_device(command)

@@ -106,6 +106,7 @@ def generate(options: Namespace) -> None:
         tokenizer,
         max_batch_size=options.max_batch_size,
         batch_invariant=options.batch_invariant,
+        steps_per_read=options.steps_per_read,
     )
     prompts = prompts_of(options)
     arguments = {

@@ -57,11 +57,22 @@ class Engine:
         self.sequences: list[TokenSequence] = []  # sequences[i] holds slot i
         self.sure_share = 0.0  # of the last contexts, what tuples decided
         self._replays: dict[tuple[int, Sampling], Steps] = {}  # by batch size and settings
+        self._addresses = _addresses(model)  # which captured steps read from
 
     @property
     def free(self) -> int:
         """How many sequences may still enter."""
         return len(self.hidden) - len(self.sequences)
+
+    def fits(self, max_batch_size: int, max_patches: int) -> bool:
+        """Whether it could have been made for these sizes, but for more slots, and for the model's
+        parameters as they are now."""
+        sizes = len(self.hidden) >= max_batch_size and self.cache.max_patches == max_patches
+        return sizes and self._addresses == _addresses(self.model)
+
+    def reset(self) -> None:
+        """An engine without sequences is then as a new one, but for the steps it has captured."""
+        self.sure_share = 0.0
 
     @torch.no_grad()
     def prefill(self, sequences: Sequence[TokenSequence]) -> None:
@@ -111,9 +122,14 @@ class Engine:
         return self.steps_per_read > 1 and alike and kinds.pop().method == "pool"
 
     def _run_blindly(self) -> list[TokenSequence]:
-        """Several steps of all sequences, of which each keeps those up to its end."""
+        """Several steps of all sequences, of which each keeps those up to its end.
+
+        Batch sizes are rounded up to a power of two, or each sequence that ends would make the
+        others wait for a new capture.
+        """
         sequences, patch_size = self.sequences, self.model.config.patch_size
-        size, sampling = len(sequences), sequences[0].sampling
+        size = min(len(self.hidden), 1 << (len(sequences) - 1).bit_length())
+        seed, sampling = sequences[0].sampling.seed, sequences[0].sampling._replace(seed=0)
         steps = self._replays.get((size, sampling))
         if steps is None:
             if len(self._replays) == MOST_REPLAYS:
@@ -124,14 +140,16 @@ class Engine:
         longest = max(-(-sequence.room // patch_size) for sequence in sequences)
         last = self._tensor([sequence.last_patch for sequence in sequences])
         rows = self._tensor([sequence.name << 32 | sequence.steps for sequence in sequences])
-        drawn = steps.run(last, rows, min(self.steps_per_read, longest))
+        drawn = steps.run(last, rows, seed, min(self.steps_per_read, longest))
         one = parse_temperature(sampling.temperature) == 1
         draws = 1 if one else sampling.num_candidates
-        for patches, finite in zip(*(part.tolist() for part in drawn), strict=True):
-            for sequence, patch, good in zip(sequences, patches, finite, strict=True):
-                if not good and not sequence.finished:
+        for step in drawn.tolist():
+            for sequence, (*patch, finite, taken) in zip(sequences, step, strict=True):
+                if not taken or sequence.finished:  # by its stop text or its room
+                    continue
+                if not finite:
                     sequence.fail(NOT_FINITE)
-                elif not sequence.finished:
+                else:
                     sequence.extend(patch, draws, draws * patch_size, one)
         return [sequence for sequence in sequences if not sequence.error]
 
@@ -140,12 +158,16 @@ class Engine:
         if sequence not in self.sequences:
             return
         slot, last = self.sequences.index(sequence), self.sequences.pop()
+        vacated = len(self.sequences)
         if sequence.error:
             self.cache.clear(slot)  # NaN would reach the next owner through masked attention
         if last is not sequence:
             self.sequences[slot] = last
-            self.cache.move(len(self.sequences), slot)
-            self.hidden[slot] = self.hidden[len(self.sequences)]
+            self.cache.move(vacated, slot)
+            self.hidden[slot] = self.hidden[vacated]
+            if last.error:
+                self.cache.clear(vacated)
+        self.cache.lengths[vacated] = 0
 
     def _release_finished(self) -> None:
         for sequence in [sequence for sequence in self.sequences if sequence.finished]:
@@ -232,3 +254,8 @@ class Engine:
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.hidden.device)
+
+
+def _addresses(model: Calm) -> tuple[int, ...]:
+    """Where the parameters lie, which changes where others take their place."""
+    return tuple(parameter.data_ptr() for parameter in model.parameters())

@@ -11,9 +11,8 @@ import torch
 
 from calm_rt.data import Tokenizer
 from calm_rt.engine import PREFILL_CHUNK, Engine
-from calm_rt.integers import whole
 from calm_rt.nn import Calm, screen_decoder
-from calm_rt.ops.check import check
+from calm_rt.ops.check import check, check_int
 from calm_rt.sampling import MAX_DRAWS, sample_patches
 from calm_rt.sequence import (
     Generation,
@@ -27,6 +26,8 @@ from calm_rt.sequence import (
 __all__ = ["Generation", "GenerationError", "Generator"]
 
 MAX_BATCH_SIZE = 32
+STEPS_PER_READ = {"cpu": 1, "cuda": 8}
+WHOLE_PATCHES = 64  # to which a cache is rounded up that is kept for the next call
 
 Prompt = str | Sequence[int]
 
@@ -53,7 +54,7 @@ class Generator:
         prefill_chunk: int = PREFILL_CHUNK,
         batch_invariant: bool = False,
         screen: bool = True,
-        steps_per_read: int = 1,
+        steps_per_read: int | None = None,
     ) -> None:
         """max_batch_size: sequences at once; others wait until one has finished.
         max_patches: of one sequence in the loop of one's own, which fixes its cache; None for the
@@ -65,15 +66,19 @@ class Generator:
             for a pool fills the matrix products by itself.
         screen: on a CPU, decode through `nn.screen_decoder`: same tokens sooner, for V H bytes.
         steps_per_read: steps of the whole batch before the host looks at what was drawn, where all
-            its sequences have the same settings and method "pool". On a GPU each of them is one
+            its sequences have the same settings and method "pool" and stand behind their first
+            patch; None for 8 where the model is on a GPU, otherwise 1. On a GPU each of them is one
             replay of a CUDA graph; the draws are the same, pools are decoded whole, and a sequence
-            that ends in between wastes what is left of them.
+            that ends in between wastes what is left of them. Above 1 the cache and the graphs of a
+            call stay for the next. batch_invariant takes single steps, whatever is given.
         raises: ValueError for a model or tokenizer that does not fit.
         """
-        steps_per_read = whole("steps_per_read", steps_per_read, 1)
         kind = "a Calm (a language model, not an autoencoder)"
         check(isinstance(model, Calm), "model", kind, type(model).__name__)
         config = model.config
+        if steps_per_read is None:
+            steps_per_read = STEPS_PER_READ.get(model.transformer.norm.weight.device.type, 1)
+        steps_per_read = check_int("steps_per_read", steps_per_read, 1)
         if tokenizer is not None:
             fits = f"the model's {config.vocab_size} tokens (use the tokenizer it was trained with)"
             check(
@@ -82,10 +87,12 @@ class Generator:
             ends = config.eos_token_id, tokenizer.eos_id
             fits = f"one whose eos_id is the model's config.eos_token_id = {ends[0]}"
             check(None in ends or ends[0] == ends[1], "tokenizer", fits, f"eos_id = {ends[1]}")
-        max_batch_size = whole("max_batch_size", max_batch_size, 1)
-        prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
+        max_batch_size = check_int("max_batch_size", max_batch_size, 1)
+        prefill_chunk = check_int("prefill_chunk", prefill_chunk, 1)
         limit = config.max_position_embeddings
-        max_patches = whole("max_patches", limit if max_patches is None else max_patches, 1, limit)
+        max_patches = check_int(
+            "max_patches", limit if max_patches is None else max_patches, 1, limit
+        )
         self.model = model.eval()
         if screen:
             screen_decoder(model.ae_model)
@@ -96,6 +103,7 @@ class Generator:
         self.steps_per_read = steps_per_read
         self._engine: Engine | None = None  # of the loop of one's own
         self._num_prefilled = 0  # sequences that it has read
+        self._idle: Engine | None = None  # of a call that is over, for the next
 
     def generate(
         self,
@@ -274,14 +282,31 @@ class Generator:
             steps_per_read=self.steps_per_read,
         )
 
-    def _engine_for(self, sequences: Sequence[TokenSequence]) -> Engine:
-        """An engine with room for these sequences, of which some may wait."""
-        slots = min(self.max_batch_size, len(sequences))
-        return self._new_engine(slots, max(sequence.num_patches for sequence in sequences))
+    def _borrow_engine(self, sequences: Sequence[TokenSequence]) -> Engine:
+        """An engine with room for these sequences, of which some may wait.
+
+        Sizes are rounded up where an engine may serve again: its steps are captured for them.
+        """
+        slots, patches = len(sequences), max(sequence.num_patches for sequence in sequences)
+        if self.steps_per_read > 1:
+            slots = 1 << (slots - 1).bit_length()
+            patches += -patches % WHOLE_PATCHES
+        slots = min(self.max_batch_size, slots)
+        patches = min(self.model.config.max_position_embeddings, patches)
+        engine, self._idle = self._idle, None
+        if engine is None or not engine.fits(slots, patches):
+            return self._new_engine(slots, patches)
+        engine.reset()
+        return engine
+
+    def _give_back(self, engine: Engine) -> None:
+        """An engine that was left in the middle of its work is given up."""
+        if self.steps_per_read > 1 and not engine.sequences:
+            self._idle = engine
 
     def _run(self, sequences: list[TokenSequence]) -> Iterator[tuple[int, Generation]]:
         waiting, running = deque(enumerate(sequences)), []
-        engine = self._engine_for(sequences) if sequences else None
+        engine = self._borrow_engine(sequences) if sequences else None
         while waiting or running:
             entering = [waiting.popleft() for _ in range(min(engine.free, len(waiting)))]
             engine.prefill([sequence for _, sequence in entering])
@@ -292,14 +317,18 @@ class Generator:
                     engine.release(sequence)
                     yield index, sequence.result()
             running = [(index, sequence) for index, sequence in running if not sequence.finished]
+        if engine:
+            self._give_back(engine)
 
     def _stream(self, sequence: TokenSequence) -> Iterator[str]:
-        engine = self._engine_for([sequence])
+        engine = self._borrow_engine([sequence])
         engine.prefill([sequence])
         while not sequence.finished:
             engine.step()
             if piece := sequence.unsent():
                 yield piece
+        engine.release(sequence)
+        self._give_back(engine)
         if sequence.error:
             raise GenerationError(sequence.error, [sequence.result()])
 

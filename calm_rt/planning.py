@@ -2,7 +2,9 @@
 
 Memory that torch holds is counted on fake tensors, which have shapes and no data: the code itself
 runs, so no second description of it can grow wrong. What kernels hold for themselves is added by
-formula; not what a library packs for itself, which on a CPU may be a second copy of 16-bit weights.
+formula, and so is what a library compiles for itself: of 16-bit types on a CPU, code for every new
+shape of a product, whatever its size, which stays. How many shapes pools take depends on how many
+candidates each pass leaves, which is taken to vary as heads of so many tosses of a coin do.
 Arithmetic is that of the matrix products (costs.py for the ops, torch's own counter for the
 backbone); at small batches reading the weights takes longer than the arithmetic does.
 """
@@ -11,6 +13,7 @@ import statistics
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -33,6 +36,14 @@ from calm_rt.training_state import build_optimizer
 RATE_SIZE = 1024  # of the square product that measures a machine's rate
 RATE_ROUNDS = 7
 
+# What oneDNN keeps of each shape of a 16-bit product: 490 to 640 kB, whatever its size (64 x 64 to
+# 688 x 256, 1 to 464 rows), bfloat16 as float16, on AVX-512 with both (330 kB where rows are whole
+# sixteens); nothing of float32 and on AVX2; not known of other processors. The last 1,024 stay.
+KERNEL_BYTES, MOST_KERNELS = 570_000, 1024
+# Shapes inside of ops: a gated MLP's gate and up in two ranges of columns, and its down.
+SHAPES = {"mm": 1, "addmm": 1, "gated_mlp": 3, "sample_latents": 8, "decode": 8}
+PASS_SHAPES = SHAPES["addmm"] + SHAPES["gated_mlp"]  # of a pass over a slot or several
+
 
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of the storages that ops make inside, as long as each lives."""
@@ -40,10 +51,16 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.products: dict[object, int] = {}  # shapes of products, by function and operands
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
+        name = function.overloadpacket.__name__
+        if name in SHAPES:
+            operands = tree_leaves((arguments, keywords))
+            shapes = tuple(tuple(leaf.shape) for leaf in operands if isinstance(leaf, Tensor))
+            self.products[name, shapes] = SHAPES[name]
         for leaf in tree_leaves(result):
             storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
             if storage is not None and storage not in self._known:
@@ -73,9 +90,10 @@ def plan_generation(
     batch_size: sequences at once.  num_candidates: draws of a step, 1 at temperature 1.
     returns: parameters, and bytes: parameter_bytes, screen_bytes (of the rounded vocabulary),
         cache_bytes, activation_bytes (of the largest forward pass), draw_bytes (of a step's
-        draws), peak_bytes, and most_bytes, the peak where all draws are equal and none can be
-        ruled out early; flop of reading all prompts, and of a step of the batch: backbone, head
-        and decode, the last for all slots of all draws (the lazy pool decodes a share of them).
+        draws), kernel_bytes (code of the library for 16-bit products), peak_bytes, and most_bytes,
+        the peak where all draws are equal and none can be ruled out early; flop of reading all
+        prompts, and of a step of the batch: backbone, head and decode, the last for all slots of
+        all draws (the lazy pool decodes a share of them).
     raises: ValueError for sizes below 1 or a text longer than the model's longest.
     """
     _check_counts(batch_size=batch_size, num_candidates=num_candidates, prefill_chunk=prefill_chunk)
@@ -96,7 +114,11 @@ def plan_generation(
             model.hidden_states(_ids(batch_size, size), cache)
         model.hidden_states(_ids(batch_size, width * size), cache)
         activations = memory.peak - held
+        read = _kernel_bytes(memory, dtype)
         draws, most_draws = _draw_memory(model, memory, batch_size, num_candidates)
+        steps = -(-max_new_tokens // size) if most_draws > draws else 0  # that leave some of a pool
+        usual = different_counts(steps, batch_size * num_candidates)
+        kernels, most_kernels = (_kernel_bytes(memory, dtype, count) for count in (usual, steps))
         with FlopCounterMode(display=False) as prefill:
             model.hidden_states(_ids(1, prompt * size))
         flop = {
@@ -111,8 +133,9 @@ def plan_generation(
         "cache_bytes": held - parameters,
         "activation_bytes": activations,
         "draw_bytes": draws,
-        "peak_bytes": held + screen + max(activations, draws),
-        "most_bytes": held + screen + max(activations, most_draws),
+        "kernel_bytes": kernels,
+        "peak_bytes": held + screen + max(activations + read, draws + kernels),
+        "most_bytes": held + screen + max(activations + read, most_draws + most_kernels),
         "flop": flop,
         "flop_per_step": sum(flop.values()) - flop["prompts"],
         "tokens_per_step": batch_size * size,
@@ -172,6 +195,26 @@ def gemm_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     return 2 * RATE_SIZE**3 / statistics.median(seconds)
 
 
+def different_counts(steps: int, tosses: int) -> float:
+    """How many different numbers of heads to expect in `steps` times so many tosses of a coin."""
+    spread = NormalDist(0, tosses**0.5 / 2)
+    most = 4 * round(spread.stdev + 1)
+    return sum(
+        1 - (1 - spread.cdf(k + 0.5) + spread.cdf(k - 0.5)) ** steps for k in range(-most, most + 1)
+    )
+
+
+def library_compiles(dtype: torch.dtype) -> bool:
+    """Whether products of this type are oneDNN's here, on a processor like the one measured."""
+    mkldnn = torch.ops.mkldnn
+    supported = {
+        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: mkldnn._is_mkldnn_fp16_supported,
+    }
+    measured = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return measured and dtype in supported and supported[dtype]()
+
+
 def plan_table(report: dict[str, Any]) -> str:
     """A plan as text.
 
@@ -210,6 +253,14 @@ def _ids(rows: int, tokens: int) -> Tensor:
 def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         check(count >= 1, name, "at least 1", count)
+
+
+def _kernel_bytes(memory: LiveMemory, dtype: torch.dtype, later_passes: float = 0) -> int:
+    """What the library keeps of the shapes seen so far, and of passes that are like no other."""
+    if not library_compiles(dtype):
+        return 0
+    count = sum(memory.products.values()) + later_passes * PASS_SHAPES
+    return round(min(count, MOST_KERNELS) * KERNEL_BYTES)
 
 
 def _sampling_flop(model: Calm, batch_size: int, num_candidates: int) -> dict[str, int]:

@@ -18,10 +18,17 @@ from torch import Tensor
 
 from calm_rt import ops
 from calm_rt.draws import Draws
-from calm_rt.integers import whole
 from calm_rt.matches import gather_matches
 from calm_rt.nn import Calm
-from calm_rt.ops.check import check, check_device, check_int64, check_shape, may_look, seed_and_rows
+from calm_rt.ops.check import (
+    check,
+    check_device,
+    check_int,
+    check_int64,
+    check_shape,
+    may_look,
+    seed_and_rows,
+)
 from calm_rt.pool import vote
 from calm_rt.rejection import LARGEST_ROUND, reject
 from calm_rt.tuples import Tuples, take_tuples
@@ -141,8 +148,8 @@ def sample_patches(
     """
     temperature = parse_temperature(temperature, method)
     check_shape("hidden", hidden, B=None, H=model.config.hidden_size)
-    num_candidates = whole("num_candidates", num_candidates, 1)
-    max_draws = whole("max_draws", max_draws, 1)
+    num_candidates = check_int("num_candidates", num_candidates, 1)
+    max_draws = check_int("max_draws", max_draws, 1)
     check(on_budget in ("raise", "pool"), "on_budget", '"raise" or "pool"', repr(on_budget))
     if prefix is not None:
         _check_prefix(model, hidden, prefix)

@@ -11,9 +11,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from calm_rt.data import TextStream, Tokenizer
-from calm_rt.integers import whole
 from calm_rt.nn import CalmConfig
-from calm_rt.ops.check import check
+from calm_rt.ops.check import check, check_int
 from calm_rt.sampling import MAX_DRAWS, parse_temperature
 
 PROMPTS = ("align", "constrain")
@@ -49,13 +48,13 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 0), ("num_candidates", 1), ("max_draws", 1)):
-            object.__setattr__(self, name, whole(name, getattr(self, name), least))
-        object.__setattr__(self, "seed", whole("seed", self.seed, -(2**63), 2**63 - 1))
+            object.__setattr__(self, name, check_int(name, getattr(self, name), least))
+        object.__setattr__(self, "seed", check_int("seed", self.seed, -(2**63), 2**63 - 1))
         stop, expected = self.stop, "a list of texts or lists of token ids"
         check(not isinstance(stop, str), "stop", expected, f"one text (write [{stop!r}])")
         listed = isinstance(stop, Iterable) and all(isinstance(one, Iterable) for one in stop)
         check(listed, "stop", expected, repr(stop))
-        stop = [s if isinstance(s, str) else [whole("stop", i, 0) for i in s] for s in stop]
+        stop = [s if isinstance(s, str) else [check_int("stop", i, 0) for i in s] for s in stop]
         check(all(stop), "stop", "texts and lists that are not empty", stop)
         object.__setattr__(self, "stop", stop)
         check(self.prompt in PROMPTS, "prompt", f"one of {', '.join(PROMPTS)}", self.prompt)
@@ -111,7 +110,7 @@ class TokenSequence:
 
         raises: ValueError for a prompt, id or option that does not fit the model.
         """
-        name = whole("sequence_ids", name, 0, 2**31 - 1)
+        name = check_int("sequence_ids", name, 0, 2**31 - 1)
         texts = [stop for stop in options.stop if isinstance(stop, str)]
         check(not texts or tokenizer is not None, "stop", "a tokenizer to look for texts", None)
         ids = _token_ids(prompt, config, tokenizer)

@@ -119,3 +119,11 @@ def test_what_fails_is_named_and_the_rest_printed(folder, tmp_path, capsys):
     damaged, whole = map(json.loads, output.out.splitlines())
     assert damaged["ids"] == [] and whole["error"] is None and whole["ids"]
     assert output.err.startswith("calm-rt generate: sequence 0, step 0: hidden states are NaN")
+
+
+def test_steps_per_read(folder, capsys, fails):
+    command = ["generate", "--model", folder / "calm", "--max-new-tokens", 9, "--prompt", "The cat"]
+    single = lines_of(capsys, *command, "--json")
+    several = lines_of(capsys, *command, "--json", "--steps-per-read", 3)
+    assert [line["ids"] for line in several] == [line["ids"] for line in single]
+    fails([*command, "--steps-per-read", 0], "steps_per_read: expected at least 1, got 0")

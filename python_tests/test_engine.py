@@ -124,6 +124,16 @@ def poisoned(token):
     return model
 
 
+def test_no_nan_stays_where_several_sequences_failed():
+    generator = Generator(poisoned(77), max_batch_size=3, max_patches=8)
+    options = {"max_new_tokens": 8}
+    sequences = generator.prefill([[77] * 9, [5], [77] * 12], **options)
+    assert [sequence.error is not None for sequence in sequences] == [True, False, True]
+    for sequence in sequences:
+        generator.release(sequence)
+    assert generator._engine.cache.storage.isfinite().all()
+
+
 @pytest.mark.parametrize("slots", [2, 3, 32])
 def test_states_that_are_not_finite_end_their_sequence_alone(slots):
     """The slot of what failed goes to others, whose masked attention reads what is left in it."""

@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 from test_engine import MANY, model, poisoned  # noqa: F401
+from test_generation import build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from calm_rt import engine, generation
 from calm_rt.generation import Generator
 from calm_rt.nn import KVCache
 from calm_rt.replay import Steps
+from calm_rt.sampling import sample_patches
 from calm_rt.sequence import Sampling
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -96,9 +99,9 @@ def test_several_steps_are_run_at_once(model, monkeypatch):  # noqa: F811
     counts = []
     run = Steps.run
 
-    def spy(steps, patches, rows, count):
+    def spy(steps, patches, rows, seed, count):
         counts.append(count)
-        return run(steps, patches, rows, count)
+        return run(steps, patches, rows, seed, count)
 
     monkeypatch.setattr(Steps, "run", spy)
     generator = Generator(model, steps_per_read=4)
@@ -115,13 +118,120 @@ def test_nothing_is_looked_at(model, monkeypatch, temperature):  # noqa: F811
     steps = Steps(model, cache, sampling, 4)
     last = torch.ones(3, model.config.patch_size, dtype=torch.int64)
     rows = torch.arange(3) << 32
-    eager = [part.clone() for part in steps.run(last, rows, 4)]
-    assert cache.lengths.tolist() == [4, 4, 4]
+    eager = steps.run(last, rows, 7, 4).clone()
+    assert torch.equal(cache.lengths, eager[..., -1].sum(0))
     cache.lengths.zero_()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU: never look
     with torch.no_grad(), NoLook():
-        blind = steps.run(last, rows, 4)
-    assert all(torch.equal(a, b) for a, b in zip(eager, blind, strict=True))
+        blind = steps.run(last, rows, 7, 4)
+    assert torch.equal(eager, blind)
+
+
+def test_sequences_end_and_stand_still_on_the_device(model):  # noqa: F811
+    """By EOS; the rows behind the batch never go."""
+    sampling = Sampling("1/2", 20, "pool", 100, "raise", 0)
+    size, number = model.config.patch_size, 6
+    cache = KVCache(model.config, 8, 40)
+    steps = Steps(model, cache, sampling, 24)
+    drawn = steps.run(torch.ones(number, size).long(), torch.arange(number) << 32, 5, 24)
+    patches, finite, taken = drawn[..., :size], drawn[..., size].bool(), drawn[..., size + 1].bool()
+    met = (patches == model.config.eos_token_id).any(-1)
+    before = met.cumsum(0) - met.long()  # [steps, N], patches with EOS in earlier steps
+    assert finite.all() and torch.equal(taken, before == 0)
+    assert 1 < len(taken.sum(0).unique()) and (before > 0).any()
+    assert cache.lengths.tolist() == [*taken.sum(0).tolist(), 0, 0]
+
+
+def test_nothing_is_read_behind_a_state_that_is_not_finite():
+    bad = poisoned(5)
+    steps = Steps(bad, KVCache(bad.config, 2, 12), Sampling("1/2", 20, "pool", 100, "raise", 0), 4)
+    last = torch.tensor([[5], [7]]).expand(2, bad.config.patch_size)
+    drawn = steps.run(last, torch.arange(2) << 32, 5, 4)
+    finite, taken = drawn[..., -2].tolist(), drawn[..., -1].tolist()
+    assert [row[0] for row in finite] == [0, 0, 0, 0] and finite[0][1] == 1
+    assert [row[0] for row in taken] == [1, 0, 0, 0]
+
+
+def captures(monkeypatch):
+    """The sizes of the steps that are made from here on."""
+    made, make = [], Steps.__init__
+
+    def spy(steps, model, cache, *arguments):  # noqa: F811
+        made.append(len(cache.lengths))
+        make(steps, model, cache, *arguments)
+
+    monkeypatch.setattr(Steps, "__init__", spy)
+    return made
+
+
+def test_captured_steps_serve_the_next_call(model, monkeypatch):  # noqa: F811
+    made = captures(monkeypatch)
+    generator = Generator(model, steps_per_read=4)
+    for seed in (5, 6, 5):
+        settings = SETTINGS | {"seed": seed, "temperature": "1/2", "num_candidates": 40}
+        expected = Generator(model).generate(MANY, **settings)
+        results = generator.generate(MANY, **settings)
+        assert [one.ids for one in results] == [one.ids for one in expected]
+        assert [one.draws for one in results] == [one.draws for one in expected]
+    generator.generate(MANY[:3], **SETTINGS)
+    assert len(made) == len(set(made)) > 1  # one of each size, whatever the seed
+    assert all(size & (size - 1) == 0 for size in made)
+
+
+def test_a_call_knows_nothing_of_what_the_last_was_sure_of(model, monkeypatch):  # noqa: F811
+    firsts = []
+
+    def draw(*arguments, tuples_first, **options):
+        firsts.append(tuples_first)
+        sample = sample_patches(*arguments, tuples_first=tuples_first, **options)
+        return sample._replace(sure=torch.full_like(sample.sure, True))
+
+    monkeypatch.setattr(engine, "sample_patches", draw)
+    generator = Generator(model, max_batch_size=1, steps_per_read=4)
+    for _ in range(2):
+        generator.generate(MANY, **SETTINGS | {"temperature": "1/2", "num_candidates": 64})
+    half = len(firsts) // 2
+    assert firsts[:half] == firsts[half:] and (firsts[0], firsts[half - 1]) == (False, True)
+
+
+def test_an_engine_that_no_longer_fits_is_given_up(model, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(generation, "WHOLE_PATCHES", 16)
+    made = captures(monkeypatch)
+    small = build_model(vocab_size=20, bos_token_id=0, eos_token_id=1, pad_token_id=None)
+    generator = Generator(small, steps_per_read=4)
+    generator.generate([MANY[0]], **SETTINGS)
+    generator.generate([MANY[0]], **SETTINGS)
+    assert made == [1]
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.data = parameter.data.clone()  # as loading in place of them does
+    generator.generate([MANY[0]], **SETTINGS)
+    assert made == [1, 1]
+    generator.generate([MANY[0]], **SETTINGS | {"max_new_tokens": 100})  # a longer cache
+    assert made == [1, 1, 1]
+    texts = generator.results(MANY[:2], **SETTINGS | {"max_new_tokens": 100})
+    next(texts)
+    texts.close()  # in the middle
+    expected = Generator(small).generate(MANY[:2], **SETTINGS)
+    assert [one.ids for one in generator.generate(MANY[:2], **SETTINGS)] == [
+        one.ids for one in expected
+    ]
+
+
+def test_steps_per_read_by_device(model, monkeypatch):  # noqa: F811
+    assert generation.STEPS_PER_READ == {"cpu": 1, "cuda": 8}
+    assert Generator(model).steps_per_read == 1
+    monkeypatch.setitem(generation.STEPS_PER_READ, "cpu", 6)
+    assert Generator(model).steps_per_read == 6
+    assert Generator(model, steps_per_read=2).steps_per_read == 2
+
+
+def test_batch_invariance_takes_single_steps(model, monkeypatch):  # noqa: F811
+    made = captures(monkeypatch)
+    options = {"batch_invariant": True, "steps_per_read": 8}
+    together = Generator(model, **options).generate(MANY[:3], **SETTINGS)
+    alone = Generator(model, **options).generate(MANY[1:2], sequence_ids=[1], **SETTINGS)
+    assert not made and together[1].ids == alone[0].ids
 
 
 def test_a_failure_ends_its_sequence_alone():
@@ -146,3 +256,22 @@ def test_known_tokens_and_other_methods_take_single_steps(model):  # noqa: F811
 def test_bad_steps_per_read(model):  # noqa: F811
     with pytest.raises(ValueError, match="steps_per_read: expected at least 1, got 0"):
         Generator(model, steps_per_read=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("temperature", [1, "1/2"])
+def test_replays_are_the_steps(monkeypatch, temperature):
+    """On a device: a captured step and the same step issued op by op, twice each."""
+    replayed = build_model().float().cuda()
+    sampling = Sampling(temperature, 20, "pool", 100, "raise", 0)
+    last = torch.ones(3, replayed.config.patch_size, dtype=torch.int64, device="cuda")
+    rows = torch.arange(3, device="cuda") << 32
+
+    @torch.no_grad()
+    def run():
+        steps = Steps(replayed, KVCache(replayed.config, 4, 12, torch.float32, "cuda"), sampling, 4)
+        return [steps.run(last, rows, seed, 4).tolist() for seed in (5, 6)]
+
+    captured = run()
+    monkeypatch.setattr(Steps, "_capture", lambda steps: None)
+    assert captured == run() and captured[0] != captured[1]

@@ -1,7 +1,8 @@
 """Sampling from a trained model: the distributions are those that the algorithms promise, and a
 prompt that ends inside a patch is no worse for it."""
 
-import importlib.util
+import importlib
+import json
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -145,16 +146,66 @@ def test_other_temperatures_are_told_apart(trained, hidden, draws):
     assert scipy.stats.kstest(values, "uniform").pvalue < 1e-6
 
 
+@pytest.fixture
+def prompts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    return importlib.import_module(BENCHMARK.stem)
+
+
 @pytest.mark.skipif(not BENCHMARK.is_file(), reason="not in a checkout")
-def test_known_tokens_and_alignment_predict_better_than_padding(trained):
-    spec = importlib.util.spec_from_file_location("bench_prompts", BENCHMARK)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    documents = list(text(np.random.default_rng(9), 60, 8 * PATCH))
-    scores = bench.prompt_scores(trained, documents, range(5 * PATCH, 6 * PATCH))
+def test_known_tokens_and_alignment_predict_better_than_padding(trained, prompts):
+    documents = list(text(np.random.default_rng(9), 150, 8 * PATCH))
+    scores = prompts.prompt_scores(trained, documents, range(5 * PATCH, 6 * PATCH))
     assert Counter(left for _, left in scores) == {0: 1, 1: 3, 2: 3}
     for left in (1, 2):
         for way in ("constrain", "align"):
-            better = scores[way, left] - scores["padded", left]
-            assert better.mean() > 3 * better.std() / len(better) ** 0.5
-    assert len(bench.table(scores).splitlines()) == 8
+            better = scores[way, left].terms - scores["padded", left].terms
+            better = better[:, :2]  # so small a model is hardly right about more tokens in a row
+            assert (better.mean(0) > 3 * better.std(0) / len(better) ** 0.5).all()
+    rows = prompts.summary(scores)
+    assert [(row["r"], row["way"]) for row in rows] == [
+        (0, "whole"),
+        *((left, way) for left in (1, 2) for way in ("align", "constrain", "padded")),
+    ]
+    for row in rows:
+        low, high = row["brierlm_interval"]
+        assert low <= row["brierlm"] <= high and row["documents"] == row["prompts"] == 150
+        assert row["brierlm"] == pytest.approx(100 * np.prod(row["brier"]) ** 0.25)
+        if row["way"] == "constrain":
+            assert row["better"][0] > 0 and row["better_brier"][0][0] > 0
+    assert len(prompts.table(rows).splitlines()) == 1 + 7 + 4
+
+
+@pytest.mark.skipif(not BENCHMARK.is_file(), reason="not in a checkout")
+def test_draws_behind_a_prompt_go_on_from_themselves(trained, prompts):
+    """A second patch follows its own first one, as without a cache."""
+    prompt = text(np.random.default_rng(3), 1, 4 * PATCH)[0][: 3 * PATCH + 1]
+    tokens = prompts._next_tokens(trained, prompt, "constrain", 12, 5)  # [S, 4]: 2, then 2 of 3
+    assert tokens.shape == (12, 4)
+    rows = 5 << 32 | torch.arange(12) + 12
+    whole = torch.cat([prompt.expand(12, -1), tokens[:, : PATCH - 1]], 1)  # [S, 4 K]
+    hidden = trained.hidden_states(whole)[:, -1]
+    following = sample_patches(trained, hidden, rows=rows).patches
+    assert torch.equal(tokens[:, PATCH - 1 :], following[:, : 4 - (PATCH - 1)])
+
+
+@pytest.mark.skipif(not BENCHMARK.is_file(), reason="not in a checkout")
+def test_prompts_of_a_folder_as_json(prompts, folder, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "prompts.json"
+    monkeypatch.setattr(prompts, "CONTEXT", 8)
+    monkeypatch.setattr(prompts, "APART", 16)
+    model, data = str(folder / "calm"), str(folder / "data")
+    command = ["bench_prompts.py", model, data, "--prompts", "6", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", command)
+    prompts.main()
+    results = json.loads(file.read_text())
+    assert {"date", "device", "commit"} <= set(results["machine"])
+    assert (results["model"], results["prompt_tokens"]) == ("calm", [8, 9])
+    assert [(row["r"], row["way"]) for row in results["rows"]] == [
+        (0, "whole"),
+        (1, "align"),
+        (1, "constrain"),
+        (1, "padded"),
+    ]
+    assert all(row["prompts"] == 6 and row["documents"] > 1 for row in results["rows"])
+    assert capsys.readouterr().out.startswith("r  way")

@@ -59,7 +59,7 @@ def check_int(name: str, value: int, least: int, most: int | None = None) -> int
         try:
             value = operator.index(value)
         except TypeError:
-            raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+            raise ValueError(f"{name}: expected an int, got {value!r}") from None
     if value < least or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}: expected {bounds}, got {value}")

@@ -1,0 +1,90 @@
+"""The scripts under benchmarks: their rows as JSON, and that their rivals do the same work."""
+
+import importlib
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="not in a checkout")
+FIELDS = {"op", "case", "passes", "device", "dtype", "rival", "median_ms", "min_ms", "max_ms"}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def written_by(script, monkeypatch, tmp_path, *arguments):
+    file = tmp_path / "rows.json"
+    command = ["/anywhere/bench_this.py", *map(str, arguments), "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", command)
+    script.main()
+    results = json.loads(file.read_text())
+    assert {"date", "device", "commit", "threads", "torch", "load"} <= set(results["machine"])
+    assert results["command"].startswith("python benchmarks/bench_this.py ")
+    for row in results["rows"]:
+        assert FIELDS <= set(row)
+        assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+    return results
+
+
+def test_tuples_first_chooses_the_same_patches(script) -> None:
+    bench = script("bench_generation")
+    pools = bench.pools_without_repeats()[:2]
+    pools = torch.cat([pools, pools[:1, :1].expand(1, bench.CANDIDATES, -1)])
+    model = bench.PlantedCalm(pools, torch.float32)
+    turns = itertools.cycle(model.latents)
+    for sure in (False, False, True):
+        usual, first = model.select(), bench.select_tuples_first(model, turns)
+        assert torch.equal(usual.patches, first.patches)
+        assert first.sure.tolist() == [sure] and first.draws.tolist() == [8 if sure else 208]
+    model.pools, model.latents = model.pools[2:], model.latents[2:]
+    rows = bench.by_entropy(model, 1)
+    assert [(row["sure"], row["bits"]) for row in rows] == [(True, 0)]
+    assert bench.table(rows, 100.0).count("sure") == 1
+    assert len(bench.draw(rows, 100.0, "a title").axes) == 2
+
+
+def test_selection_rows_as_json(script, monkeypatch, tmp_path, capsys) -> None:
+    bench = script("bench_generation")
+    times = {"official": [0.2, 0.1, 0.3], "native": [0.02], "tuples first": [0.03]}
+    monkeypatch.setattr(bench, "PlantedCalm", lambda pools, dtype: None)
+    monkeypatch.setattr(bench, "measure", lambda model, rounds: times)
+    results = written_by(bench, monkeypatch, tmp_path, "--rounds", 3)
+    cases = {(row["case"], row["dtype"]) for row in results["rows"]}
+    assert len(cases) == 4 and ("selection-real-bf16", "bfloat16") in cases
+    assert len(results["rows"]) == 12
+    [row] = [r for r in results["rows"][:3] if r["rival"] == "official"]
+    assert (row["median_ms"], row["min_ms"], row["rounds"]) == (200, 100, 3)
+    assert "tuples first" in capsys.readouterr().out
+
+
+def test_training_rows_as_json(script, monkeypatch, tmp_path) -> None:
+    bench = script("bench_training")
+    times = {"official": [0.2, 0.1], "ours": [0.02, 0.03]}
+    monkeypatch.setattr(bench, "compete", lambda steps, device, rounds: times)
+    monkeypatch.setattr(bench, "make_step", lambda *arguments: None)
+    results = written_by(bench, monkeypatch, tmp_path)
+    cases = [row["case"] for row in results["rows"]]
+    assert cases == ["calm-training"] * 2 + ["autoencoder-training"] * 2
+
+
+def test_whole_texts_as_json(script, monkeypatch, tmp_path, folder) -> None:
+    bench = script("bench_generation")
+    monkeypatch.setattr(bench, "NEW_TOKENS", 4)
+    monkeypatch.setattr(bench, "BATCH_SIZE", 2)
+    model = folder / "calm"
+    results = written_by(bench, monkeypatch, tmp_path, "--rounds", 1, "--model", model)
+    assert {(row["case"], row["rival"]) for row in results["rows"]} == {
+        ("4 tokens", "official"),
+        ("4 tokens", "native"),
+        ("2 sequences of 4 tokens", "one by one"),
+        ("2 sequences of 4 tokens", "native"),
+    }
+    assert {row["model"] for row in results["rows"]} == {"calm"}
