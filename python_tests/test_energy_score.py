@@ -99,7 +99,7 @@ def test_terms_add_up_and_carry_no_gradient() -> None:
         (dict(beta=0.0), "beta: expected a number in"),
         (dict(beta=2.5), "beta: expected a number in"),
         (dict(beta=float("nan")), "beta: expected a number in"),
-        (dict(num_targets=0), "num_targets: expected 1 or more"),
+        (dict(num_targets=0), "num_targets: expected at least 1"),
         (dict(seed=1.5), "seed: expected an int"),
         (dict(seed=2**63), "seed: expected an int of 64 bits"),
         (dict(x=torch.zeros(1, 5, 128)), "x: expected at least 2 draws"),
