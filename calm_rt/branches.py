@@ -8,6 +8,7 @@ the cache is made, and a text is read in pieces whose logits fit LOGIT_BYTES.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -157,6 +158,8 @@ class CachedReader:
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         first = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         self.new_cache = type(getattr(model(first, use_cache=True), name))
+        if self.new_cache is tuple:  # older transformers take the newer kind, but do not make it
+            self.new_cache = sys.modules["transformers"].DynamicCache
 
     def call(self, ids: Tensor, **options: Tensor) -> Tensor:
         """Logits [B, T, V] after ids [B, T] behind what the cache holds, which then holds them."""
