@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from json_rows import conditions, medians, write_rows
 from matplotlib.figure import Figure
-from step_rows import conditions, medians, step_rows, write_rows
-from torch import Tensor, nn
+from torch import Tensor
 
 import calm_rt
 from calm_rt import official, ops, pool
@@ -36,97 +36,18 @@ from calm_rt.atomic import replace
 from calm_rt.benchmark import compete
 from calm_rt.data import TokenShards
 from calm_rt.generation import Generator
-from calm_rt.nn import (
-    Autoencoder,
-    AutoencoderConfig,
-    Calm,
-    CalmConfig,
-    KVCache,
-    screen_decoder,
-)
-from calm_rt.nn.heads import EnergyHead
+from calm_rt.nn import Calm, KVCache
+from calm_rt.planted import CANDIDATES, PATCH, VOCABULARY, PlantedCalm
 from calm_rt.report import duel_text
 from calm_rt.sampling import PatchSample, sample_patches
 from calm_rt.sequence import start_id
+from calm_rt.steps import step_rows
 
-PATCH, VOCABULARY, LATENT, CANDIDATES = 4, 128257, 128, 200
-SIZES = {"patch_size": PATCH, "vocab_size": VOCABULARY, "latent_size": LATENT}
-AUTOENCODER = AutoencoderConfig(hidden_size=512, intermediate_size=1280, **SIZES)
-CALM = CalmConfig(
-    hidden_size=1024,
-    num_hidden_layers=1,
-    num_attention_heads=16,
-    num_mlp_layers=4,
-    noise_size=64,
-    **SIZES,
-)
 POOLS = Path(__file__).with_name("pools.npz")
 RECORDED = 64  # pools in the file
 NEW_TOKENS, BATCH_SIZE = 64, 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 15
-JITTER = 0.05  # of a latent vector, so that no two are the same
-
-
-class PlantedCalm(Calm):
-    """Head and decoder of a CALM-M, without a backbone; pools are planted behind the head.
-
-    A latent vector holds a code of 32 signs for each token, which the decoder maps to the rows of
-    the vocabulary, with random layers between them that disturb it a little.
-    pools: [P, S, K] int64, drawn one after the other.
-    """
-
-    def __init__(self, pools: Tensor, dtype: torch.dtype) -> None:
-        with torch.device("meta"):  # no storage for the backbone
-            super().__init__(CALM, AUTOENCODER)
-        torch.manual_seed(0)
-        self.generative_head = EnergyHead(CALM).to(dtype)
-        nn.init.normal_(self.generative_head.final_layer.linears[2].weight, std=0.02)
-        self.ae_model = Autoencoder(AUTOENCODER).requires_grad_(False).eval()
-        codes = plant_codes(self.ae_model)  # [V, L / K]
-        self.ae_model.to(dtype)
-        screen_decoder(self.ae_model)  # as a Generator does
-        latents = codes[pools].flatten(2)  # [P, S, L]
-        self.pools = pools
-        self.latents = (latents + JITTER * torch.randn_like(latents)).to(dtype)
-        self.turns = {rival: itertools.cycle(self.latents) for rival in ("official", "native")}
-
-    def sample(self, *arguments: Any, **options: Any) -> Tensor:
-        """Does the head's work, and gives the next pool.  returns: [S, 1, L]."""
-        super().sample(*arguments, **options)
-        return next(self.turns["native"])[:, None]
-
-    def select(self) -> PatchSample:
-        """What is timed as `native`."""
-        return sample_patches(self, self.hidden(), temperature="1/2", num_candidates=CANDIDATES)
-
-    @torch.no_grad()
-    def select_officially(self) -> Tensor:
-        """What is timed as `official`."""
-        head, decoder = self.generative_head.weights(), self.ae_model.decoder.weights()
-        official.sample_latents(self.hidden(), head, num_samples=CANDIDATES)
-        tokens = official.decode(next(self.turns["official"]), decoder)  # [S, K]
-        return official.select_patch(tokens[None], n=2)
-
-    def hidden(self) -> Tensor:
-        """One context.  returns: [1, H]."""
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(1, CALM.hidden_size, generator=generator).to(self.latents.dtype)
-
-
-@torch.no_grad()
-def plant_codes(autoencoder: Autoencoder) -> Tensor:
-    """Makes a random decoder read codes.  returns: [V, L / K], -1 and 1."""
-    decoder, size = autoencoder.decoder, LATENT // PATCH
-    hidden = AUTOENCODER.hidden_size
-    codes = torch.randint(2, (VOCABULARY, size)).mul(2).sub(1).float()
-    into = nn.init.orthogonal_(torch.empty(hidden, LATENT))
-    out = nn.init.orthogonal_(torch.empty(hidden, size))
-    decoder.latent_to_hidden.weight.copy_(into)
-    slots = [out @ into[:, slot * size : (slot + 1) * size].T for slot in range(PATCH)]
-    decoder.expand_layer.weight.copy_(torch.cat(slots))
-    decoder.lm_head_weight.mul_(0.5).add_(codes @ out.T, alpha=0.1)
-    return codes
 
 
 def real_pools() -> Tensor:

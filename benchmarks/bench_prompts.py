@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from step_rows import conditions, write_rows
+from json_rows import conditions, write_rows
 from torch import Tensor
 
 import calm_rt

@@ -1,112 +1,35 @@
-"""One training step of a small CALM and of its autoencoder: official, compiled and ours.
+"""One training step of a small CALM and of its autoencoder: official, compiled and native.
 
     pytest benchmarks -k training
     python benchmarks/bench_training.py [--profile] [--json FILE]
 
-`official` is the official code's loss in eager PyTorch on the same modules, `compiled`
-torch.compile of it, `ours` calm_rt.losses as calm_rt.training runs it, the encoder folded. A step
-is loss, backward, clipping and AdamW, in fp32; the three take turns round by round.
+What a step is, and what the three run, stands in calm_rt/steps.py; they take turns round by round.
+`calm-rt bench` measures the same steps beside the ops, with their memory.
 """
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from step_rows import conditions, medians, step_rows, write_rows
-from torch import Tensor, nn
+from json_rows import conditions, medians, write_rows
 
-from calm_rt import losses, official_losses
-from calm_rt.benchmark import compete
-from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, fold_encoder
 from calm_rt.report import duel_text
-from calm_rt.training_config import TrainingConfig
-from calm_rt.training_state import build_optimizer
-
-SIZES = {"patch_size": 4, "vocab_size": 1024, "latent_size": 128}
-AUTOENCODER = AutoencoderConfig(hidden_size=256, intermediate_size=640, **SIZES)
-CALM = CalmConfig(
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_samples=8,
-    **SIZES,
-)
-NUM_TARGETS = 100
-IDS = {"calm": (8, 260), "autoencoder": (16, 512)}  # blocks and tokens: 512 rows of 8 draws; 2048
-ROUNDS = 15
-TRAINING = TrainingConfig()
-
-Loss = Callable[[nn.Module, Tensor], Tensor]
-
-
-def losses_of(kind: str) -> dict[str, Loss]:
-    """The loss of each rival, as functions of a model and ids."""
-    if kind == "calm":
-
-        def official(model, ids):
-            return official_losses.energy_loss(model, ids, NUM_TARGETS)
-
-        def ours(model, ids):
-            return losses.energy_loss(model, ids, num_targets=NUM_TARGETS)[0]
-    else:
-        official = official_losses.autoencoder_loss
-
-        def ours(model, ids):
-            return losses.autoencoder_loss(model, ids)[0]
-
-    return {"official": official, "compiled": torch.compile(official), "ours": ours}
-
-
-def make_model(kind: str, rival: str) -> Autoencoder | Calm:
-    """The same weights for every rival."""
-    torch.manual_seed(0)
-    if kind == "autoencoder":
-        return Autoencoder(AUTOENCODER).train()
-    model = Calm(CALM, AUTOENCODER).train()
-    nn.init.normal_(model.generative_head.final_layer.linears[2].weight, std=0.02)
-    if rival == "ours":
-        fold_encoder(model.ae_model)
-    return model
-
-
-def make_step(kind: str, rival: str, loss: Loss) -> Callable[[], Tensor]:
-    """A call that takes one step."""
-    model = make_model(kind, rival)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    settings = (TRAINING.learning_rate, TRAINING.betas, TRAINING.weight_decay)
-    optimizer = build_optimizer(model, *settings)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(SIZES["vocab_size"], IDS[kind], generator=generator)
-
-    def step() -> Tensor:
-        value = loss(model, ids)
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, TRAINING.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return value.detach()
-
-    return step
+from calm_rt.steps import IDS, RIVALS, ROUNDS, measure_step, training_step
 
 
 def measure(kind: str, rounds: int) -> list[dict[str, Any]]:
     """The rows of one kind of step, one a rival."""
-    torch.compiler.reset()
-    steps = {rival: make_step(kind, rival, loss) for rival, loss in losses_of(kind).items()}
-    case = f"{kind}-training"
-    return step_rows(case, case, "float32", compete(steps, "cpu", rounds), ids=IDS[kind])
+    return measure_step(f"{kind}-training", RIVALS, "cpu", rounds, memory=False)
 
 
 def comparison(kind: str, rows: list[dict[str, Any]]) -> str:
-    return duel_text(f"one {kind} step, ids {list(IDS[kind])}", medians(rows), "ours")
+    return duel_text(f"one {kind} step, ids {list(IDS[kind])}", medians(rows), "native")
 
 
 def profile(kind: str, rival: str) -> str:
     """Where a step's time goes, by operator."""
-    step = make_step(kind, rival, losses_of(kind)[rival])
+    step = training_step(kind, rival)
     step()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -140,7 +63,7 @@ def main() -> None:
         write_rows(options.json, where, rows)
         print(comparison(kind, measured), flush=True)
         if options.profile:
-            print(profile(kind, "official"), profile(kind, "ours"), sep="\n", flush=True)
+            print(profile(kind, "official"), profile(kind, "native"), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

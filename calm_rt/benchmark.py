@@ -137,6 +137,7 @@ def measure(
         peak = peak_memory(case, rival, backward, device) if memory else None
         rows.append(
             {
+                "kind": "op",
                 "op": case.op,
                 "case": str(case),
                 "passes": passes,
@@ -216,33 +217,45 @@ def limits(device: str) -> dict[str, Any]:
 def peak_memory(case: Case, rival: str, backward: bool, device: str) -> int:
     """Bytes that one warm call needs beyond its arguments; on the CPU in a process of its own."""
     if device == "cuda":
-        call = contender(case, rival, make_arguments(case, rival, device), backward)
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    command = [sys.executable, "-m", __name__, str(case), rival, str(int(backward))]
+        return peak_on_gpu(contender(case, rival, make_arguments(case, rival, device), backward))
+    return probed(__name__, str(case), rival, str(int(backward)))
+
+
+def peak_on_gpu(call: Call) -> int:
+    """Bytes that one warm call takes beyond what is there before it."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def probed(module: str, *arguments: str) -> int:
+    """What a module prints as its last line in a process of its own: bytes."""
+    command = [sys.executable, "-m", module, *arguments]
     # memory that was freed goes back at once, or a warm heap would hide what a call takes
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"{case} {rival}: the memory probe failed:\n{result.stderr}")
+        raise RuntimeError(f"{' '.join(arguments)}: the memory probe failed:\n{result.stderr}")
     return int(result.stdout.splitlines()[-1])
 
 
-def _probe_memory(name: str, rival: str, backward: bool) -> int:
+def growth(call: Call) -> int:
     """Growth of this process's resident memory during a call, the library and the compiler being
     warm."""
-    [case] = [case for case in CASES if str(case) == name]
-    call = contender(case, rival, make_arguments(case, rival, "cpu"), backward)
     call()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     call()
     return _resident("VmHWM") - before
+
+
+def _probe_memory(name: str, rival: str, backward: bool) -> int:
+    [case] = [case for case in CASES if str(case) == name]
+    return growth(contender(case, rival, make_arguments(case, rival, "cpu"), backward))
 
 
 def _resident(field: str) -> int:

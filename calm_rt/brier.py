@@ -37,6 +37,7 @@ class BrierLM:
     num_patches: int  # patches at which an n-gram started
     num_documents: int
     num_draws: int | None  # a patch; None where the expectation is exact
+    block_size: int | None = field(default=None, compare=False)  # tokens read at once at most
     tokens_per_second: float | None = field(default=None, compare=False)  # K a patch, as read
 
 
@@ -119,15 +120,20 @@ class Window(NamedTuple):
 
     document: int  # its index
     first: int  # index in the document of the window's first patch
-    ids: Tensor  # [P K]
+    ids: Tensor  # [tokens]
     num_starts: int  # patches where an n-gram starts: 1 .. num_starts
 
 
 def windows_of(
-    documents: Documents, patch_size: int, block_size: int | None, max_patches: int | None
+    documents: Documents,
+    patch_size: int,
+    block_size: int | None,
+    max_patches: int | None,
+    whole_patches: bool = False,
 ) -> list[Window]:
     """The documents in windows of block_size tokens at most, those that hold an n-gram to score.
 
+    whole_patches: of nothing else may a document consist.
     raises: ValueError for documents and sizes that do not fit, and without any n-gram.
     """
     if isinstance(documents, TokenShards):
@@ -141,12 +147,14 @@ def windows_of(
     windows = []
     for index, ids in enumerate(documents):
         ids = ids if isinstance(ids, Tensor) else torch.tensor(np.asarray(ids, dtype=np.int64))
-        whole = ids.ndim == 1 and len(ids) % patch_size == 0
-        expected = f"[tokens] with whole patches of {patch_size} (close with EOS, fill with PAD)"
-        check(whole, f"documents[{index}]", expected, list(ids.shape))
+        fits = ids.ndim == 1 and not (whole_patches and len(ids) % patch_size)
+        expected = "[tokens]"
+        if whole_patches:
+            expected += f" with whole patches of {patch_size} (close with EOS, fill with PAD)"
+        check(fits, f"documents[{index}]", expected, list(ids.shape))
         for start in range(0, len(ids), block_size or max(len(ids), 1)):
             piece = ids[start:][:block_size]
-            num_starts = int(min(len(piece) // patch_size - steps, left))
+            num_starts = int(min((len(piece) - ORDERS) // patch_size, left))
             if num_starts > 0:
                 piece = piece[: (num_starts + steps) * patch_size]
                 windows.append(Window(index, start // patch_size, piece, num_starts))

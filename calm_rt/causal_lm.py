@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calm_rt import ops
+from calm_rt.branches import Branches, Reader, reader_of, rows_for
 from calm_rt.brier import ORDERS, Window, brier_from_predictions
 from calm_rt.ops.check import check
 from calm_rt.reference import Stream
@@ -59,54 +60,82 @@ def model_terms(
 ) -> Tensor:
     """Estimates of Brier-1..4 at every start of the windows, from probabilities: [N, 4] float64.
 
-    A context is read once, and three times more for each path.
+    windows: the longest first.
+    A window is read once. The three more tokens of each path cost a token each where the model
+    takes a key-value cache (branches.CachedReader), their whole context where it does not.
     """
-    terms = []
-    for names, contexts, grams in _batches(windows, patch_size, batch_size):
-        text = [torch.cat(pair) for pair in zip(contexts, grams[:, :-1], strict=True)]
-        chances = _probabilities(model, text, ORDERS)  # [B, 4, V]
-        accuracy = chances.gather(2, grams.to(chances.device)[..., None]).squeeze(2).cumprod(1)
-        options = {"seed": seed, "stream": Stream.PROBE, "distribution": "uniform"}
-        uniform = ops.noise(names, num_paths, ORDERS - 1, dtype=torch.float64, **options)
-        paths = [_path(model, contexts, chances[:, 0], u.to(chances.device)) for u in uniform]
-        terms.append((2 * accuracy - torch.stack(paths).mean(0)).cpu())
-    return torch.cat(terms)
+    reader = reader_of(model, windows[0].ids, batch_size)
+    parts = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
+    return torch.cat([_terms(reader, part, patch_size, num_paths, seed) for part in parts])
 
 
-def _path(
-    model: Callable[[Tensor], Any], contexts: list[Tensor], chances: Tensor, uniform: Tensor
+def _terms(
+    reader: Reader, windows: list[Window], patch_size: int, num_paths: int, seed: int
 ) -> Tensor:
-    """Estimates of C_1 to C_4 from one path after every context.
+    """Those of windows that are read together."""
+    padded = torch.nn.utils.rnn.pad_sequence([w.ids for w in windows], batch_first=True)
+    ids = padded.to(reader.device)  # [B, T], filled on the right: nobody looks
+    starts = [(b, p) for b, w in enumerate(windows) for p in range(1, w.num_starts + 1)]
+    owner, patch = torch.tensor(starts).T  # [N]
+    names = torch.tensor([w.document << 32 | w.first for w in windows])[owner] + patch
+    options = {"seed": seed, "stream": Stream.PROBE, "distribution": "uniform"}
+    uniform = ops.noise(names, num_paths, ORDERS - 1, dtype=torch.float64, **options)
+    uniform = uniform.movedim(0, 1).to(ids.device)  # [N, S, 3]
+    owner, place = owner.to(ids.device), (patch * patch_size).to(ids.device)
 
-    chances: [B, V], of the first token.  uniform: [B, 3] in [0, 1).
-    returns: [B, 4].
+    right = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)  # of the text's tokens
+    collision = right.new_zeros(len(starts))  # C_1 at every start
+    token = owner.new_zeros(len(starts), num_paths)  # the first of each path
+    at = 1  # the place after the first token of a piece
+    for logits in reader.read(ids):
+        chances = logits.to(ids.device).double().softmax(-1)  # [B, n, V]
+        wanted = ids[:, at : at + chances.shape[1]]
+        here = chances[:, : wanted.shape[1]].gather(2, wanted[..., None]).squeeze(2)
+        right[:, at : at + wanted.shape[1]] = here
+        among = ((place >= at) & (place < at + chances.shape[1])).nonzero().squeeze(1)
+        first = chances[owner[among], place[among] - at]  # [R, V]
+        collision[among] = first.square().sum(1)
+        token[among] = _choose(first, uniform[among, :, 0])
+        at += chances.shape[1]
+    orders = torch.arange(ORDERS, device=ids.device)
+    accuracy = right[owner[:, None], place[:, None] + orders].cumprod(1)
+
+    # neighbours in length go together: little padding, and the same number of each window
+    path = place.argsort(stable=True).repeat_interleave(num_paths)
+    draw = torch.arange(num_paths, device=ids.device).repeat(len(starts))
+    size = rows_for(chances.shape[2])
+    total = torch.zeros_like(accuracy)
+    for i, s in zip(path.split(size), draw.split(size), strict=True):
+        branches = reader.branch(owner[i], place[i])
+        collisions = _path(branches, collision[i], token[i, s], uniform[i, s, 1:])
+        total.index_add_(0, i, collisions)
+    return (2 * accuracy - total / num_paths).cpu()
+
+
+def _path(branches: Branches, collision: Tensor, token: Tensor, uniform: Tensor) -> Tensor:
+    """Estimates of C_1 to C_4 from one path at each of R starts.
+
+    collision: [R], C_1.  token: [R], the path's first.  uniform: [R, 2], for the next two.
+    returns: [R, 4].
     """
-    collisions = [chances.square().sum(1)]
-    for u in uniform.T:
-        cumulative = chances.square().cumsum(1)
-        aim = u[:, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, aim, right=True).clamp(max=chances.shape[1] - 1)
-        token = token.to(contexts[0].device)
-        contexts = [torch.cat(pair) for pair in zip(contexts, token, strict=True)]
-        chances = _probabilities(model, contexts, 1)[:, 0]
+    collisions = [collision]
+    for step in range(ORDERS - 1):
+        chances = branches.step(token).to(collision.device).double().softmax(-1)  # [R, V]
         collisions.append(chances.square().sum(1))
+        if step < uniform.shape[1]:
+            token = _choose(chances, uniform[:, step, None]).squeeze(1)
     return torch.stack(collisions, 1).cumprod(1)
 
 
-def _probabilities(model: Callable[[Tensor], Any], texts: list[Tensor], count: int) -> Tensor:
-    """Those of the token after each of the last `count` tokens of every text: [B, count, V]."""
-    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)  # on the right: nobody looks
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    logits = model(ids if parameter is None else ids.to(parameter.device))
-    logits = getattr(logits, "logits", logits)
-    fits = isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == ids.shape
-    expected = f"logits [B, T, V] after ids {list(ids.shape)}, or an object with them as .logits"
-    got = list(logits.shape) if isinstance(logits, Tensor) else type(logits)
-    check(fits and logits.is_floating_point(), "model(ids)", expected, got)
-    last = torch.tensor([len(text) for text in texts], device=logits.device)
-    places = last[:, None] + torch.arange(-count, 0, device=logits.device)
-    rows = torch.arange(len(texts), device=logits.device)[:, None]
-    return logits[rows, places].double().softmax(-1)
+def _choose(chances: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens drawn by the squares of their chances.
+
+    chances: [R, V].  uniform: [R, S] in [0, 1).
+    returns: [R, S].
+    """
+    cumulative = chances.square().cumsum(1)
+    aim = uniform * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, aim, right=True).clamp(max=chances.shape[1] - 1)
 
 
 def _batches(

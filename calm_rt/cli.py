@@ -248,12 +248,15 @@ def _add_bench(commands) -> None:
     command = _command(
         commands,
         "bench",
-        "time every op against the official formula, torch.compile and torch's own functions",
-        "calm-rt bench --ops energy_score noise --output runs/bench",
+        "time every op and whole steps against the official code, torch.compile and torch's own",
+        "calm-rt bench --ops energy_score noise --report runs/bench",
     )
     command.add_argument("--ops", nargs="+", metavar="OP", help="default: all that have a kernel")
     command.add_argument(
+        "--report",
         "--output",
+        dest="report",
+        metavar="DIR",
         default="runs/bench",
         help="gets report.md, results.json and pictures (default: runs/bench)",
     )
@@ -261,6 +264,11 @@ def _add_bench(commands) -> None:
         "--quick",
         action="store_true",
         help="fewer rounds, without torch.compile, memory and the longest cases",
+    )
+    command.add_argument(
+        "--steps",
+        action="store_true",
+        help="training steps and the choice of a patch too where --quick or --ops leave them out",
     )
     command.add_argument(
         "--sweep", action="store_true", help="also time each op from one row to many"

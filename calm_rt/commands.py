@@ -197,7 +197,7 @@ def convert(options: Namespace) -> None:
 
 
 def bench(options: Namespace) -> None:
-    from calm_rt import benchmark, report, scaling
+    from calm_rt import benchmark, report, scaling, steps
 
     if options.compare:
         text, slower = report.compare(*map(report.read_results, options.compare))
@@ -206,13 +206,17 @@ def bench(options: Namespace) -> None:
         else:
             print(text)
         return
-    device, folder = device_of(options), Path(options.output)
+    device, folder = device_of(options), Path(options.report)
     cases = benchmark.benchmark_cases(options.ops)
     results: dict[str, Any] = {"machine": benchmark.machine(device), "rows": [], "sweep": []}
     results |= {"finished": False, "limits": benchmark.limits(device)}
-    report.write_results(results, folder)  # an --output that cannot be written fails here
+    report.write_results(results, folder)  # a --report that cannot be written fails here
     try:
         for rows in benchmark.measure_all(cases, device, options.quick):
+            results["rows"] += rows
+            report.write_results(results, folder)
+        with_steps = options.steps or not (options.quick or options.ops)
+        for rows in steps.measure_steps(device, options.quick) if with_steps else ():
             results["rows"] += rows
             report.write_results(results, folder)
         for points in scaling.measure_sweeps(options.ops, device) if options.sweep else ():

@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 ROWS_PER_CALL = 1024  # contexts drawn from and decoded at once
+LONGEST_WINDOW = 1024  # tokens of a window by default, where the model is no Calm
 CACHE_BYTES = 1 << 28  # of key-value cache copied at once when draws are continued
 
 
@@ -72,18 +73,24 @@ def brier_lm(
         `.logits`, for ids [B, T] int64, as those of `transformers` do; or what has a method
         `draw(contexts, num_draws)` (calm_rt.causal_lm.Sampler). Logits serve as exact
         probabilities, whose estimates vary far less than those from draws.
-    documents: [tokens] ids each, whole patches with BOS, EOS and PAD as in token shards, or
-        [D, tokens] in one tensor; of TokenShards the held-out ones.
+    documents: [tokens] ids each, or [D, tokens] in one tensor; of TokenShards the held-out ones.
+        For a Calm whole patches with BOS, EOS and PAD as in token shards, else of any length.
     num_draws: S >= 2 of each patch, 2 gives the official estimator, None for 8; of a model with
         logits the paths at each start, at least 1, which is what None stands for.
-    batch_size: windows in one forward pass, or contexts where the model is no Calm.
+    batch_size: windows in one forward pass; of a sampler, and of a model whose key-value cache
+        cannot be used, contexts.
     patch_size: K, n-grams start every K tokens; None for a Calm's own, 4 for others.
     block_size: tokens of a window; longer documents are cut and each window starts anew, so longer
-        ones score better. None for max_position_embeddings patches (tokens, where no Calm) of
-        the model's config; whole documents where there is none.
+        ones score better. None for max_position_embeddings patches of a Calm's config; for other
+        models for as many tokens, or 1,024 where that is less or the config has no such number.
+        The result says what it was.
     max_patches: at how many patches an n-gram starts at most, from the first document on; None for
         all.
     num_bootstrap: resamples of the documents, over which the intervals are.
+    Of a model with logits that takes past_key_values, use_cache, position_ids and attention_mask as
+    those of `transformers` do, every token of a window is read once, and three more at each start
+    and path; of others each of these three takes the whole context. No logits [B, T, V] of more
+    than 256 MB exist, unless the model makes them.
     raises: ValueError for settings and documents that do not fit, or without any n-gram to score.
     source: paper section 4, official CALM.eval_brier (which uses one of the pairs).
     """
@@ -96,21 +103,25 @@ def brier_lm(
     own_size = config.patch_size if is_calm else patch_size or ORDERS
     check(patch_size in (None, own_size), "patch_size", f"the model's {own_size}", patch_size)
     longest = getattr(config, "max_position_embeddings", None)
-    if block_size is None and longest is not None:
-        block_size = longest * own_size if is_calm else longest // own_size * own_size
-    windows = windows_of(documents, own_size, block_size, max_patches)
+    if block_size is None and is_calm:
+        block_size = longest and longest * own_size
+    elif block_size is None:
+        longest = min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
+        block_size = max(longest // own_size, 1) * own_size
+    windows = windows_of(documents, own_size, block_size, max_patches, whole_patches=is_calm)
+    if not draws:  # little padding in a batch
+        windows.sort(key=lambda window: len(window.ids), reverse=True)
     start = time.perf_counter()
     if draws:
         terms = sampler_terms(model, windows, own_size, num_draws, batch_size)
     elif is_calm:
-        windows.sort(key=lambda window: len(window.ids), reverse=True)  # little padding in a batch
         batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
         terms = torch.cat([_window_terms(model, batch, num_draws, seed) for batch in batches])
     else:
         terms = model_terms(model, windows, own_size, num_draws, seed, batch_size)
     speed = sum(len(window.ids) for window in windows) / (time.perf_counter() - start)
     result = summarise(terms.numpy(), windows, num_draws, num_bootstrap, seed)
-    return dataclasses.replace(result, tokens_per_second=speed)
+    return dataclasses.replace(result, block_size=block_size, tokens_per_second=speed)
 
 
 @torch.inference_mode()

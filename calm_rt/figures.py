@@ -39,6 +39,7 @@ def draw_roofline(results: dict[str, Any]) -> Figure:
     """FLOP a second over FLOP a byte of native and official, under what the machine can do."""
     copy, product = results["limits"]["copy"], results["limits"]["product"]
     rows = [row for row in results["rows"] if row["rival"] in ("native", "official")]
+    rows = [row for row in rows if row["flop"] is not None]  # of a step nobody counts them
     figure = Figure(figsize=(9, 6), layout="constrained")
     axis = figure.add_subplot()
     intensities = [row["flop"] / row["bytes"] for row in rows]

@@ -20,6 +20,10 @@ Median of the rounds; the rivals of a row ran in one process and took turns roun
 `library` torch's own function, `liger` Liger's, `native` the kernel. `x` says how many times faster
 native is. On a GPU its own clock counts, and L2 holds nothing of a call before. Memory is what one
 call takes beyond its arguments."""
+STEPS = """\
+Rows with the passes `step` are whole steps: of training at the sizes in calm_rt/steps.py (loss,
+backward, clipping and AdamW in fp32), and the choice of a patch at temperature 1/2 from 200 draws
+at the size of CALM-M (head, decoder and vote, calm_rt/planted.py)."""
 UNSTEADY = 1.5  # median over fastest round: more says that something else used the machine
 BUSY = 0.5  # load average, processes that run or wait: more is not an idle machine
 
@@ -43,10 +47,12 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     results: machine, limits, rows (see benchmark.measure), sweep (see scaling), finished.
     raises: ValueError for a folder that cannot be written.
     """
-    pictures = {BARS: draw_bars, ROOFLINE: draw_roofline} if results["rows"] else {}
+    pictures = {BARS: draw_bars} if results["rows"] else {}
+    if _op_rows(results["rows"]):
+        pictures[ROOFLINE] = draw_roofline
     if results["sweep"]:
         pictures[SCALING] = draw_scaling
-    with scratch_folder(folder, "output") as scratch:
+    with scratch_folder(folder, "report") as scratch:
         (scratch / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
         (scratch / REPORT).write_text(report_text(results))
         for name, draw in pictures.items():
@@ -60,7 +66,7 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
 
 def write_results(results: dict[str, Any], folder: Path) -> None:
     """Writes results.json alone, after each row."""
-    with scratch_folder(folder, "output") as scratch:
+    with scratch_folder(folder, "report") as scratch:
         (scratch / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
         os.replace(scratch / RESULTS, folder / RESULTS)
 
@@ -97,6 +103,9 @@ def report_text(results: dict[str, Any]) -> str:
         parts.append("\n**Interrupted: these are the rows that were finished.**")
     if rows:
         parts += ["", METHOD, "", times_table(rows), "", f"![times]({BARS})"]
+    if any(row.get("kind") == "step" for row in rows):
+        parts += ["", STEPS]
+    if _op_rows(rows):
         parts += ["", "## Limits", "", _limits_table(results), "", f"![roofline]({ROOFLINE})"]
     if any(row["peak_extra_bytes"] is not None for row in rows):
         parts += ["", "## Memory", "", _memory_table(rows)]
@@ -147,7 +156,9 @@ def _limits_table(results: dict[str, Any]) -> str:
     copy, product = results["limits"]["copy"], results["limits"]["product"]
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in product.items())
     lines = []
-    for row in _native_rows(results):
+    for row in _op_rows(results["rows"]):
+        if row["rival"] != "native":
+            continue
         seconds = row["median_ms"] / 1e3
         lines.append(
             [
@@ -169,7 +180,10 @@ def _limits_table(results: dict[str, Any]) -> str:
 
 
 def _share_of_limit(results: dict[str, Any], row: Row) -> str:
-    """Of the time that the row took, what its arithmetic or its traffic alone would take."""
+    """Of the time that the row took, what its arithmetic or its traffic alone would take; empty
+    for a step, of which nobody counts these."""
+    if row["flop"] is None:
+        return ""
     rates = _product_rate(results, row), results["limits"]["copy"]
     least = max(row["flop"] / rates[0], row["bytes"] / rates[1])
     return f"{1e3 * least / row['median_ms']:.0%}"
@@ -244,8 +258,8 @@ def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     return groups
 
 
-def _native_rows(results: dict[str, Any]) -> list[Row]:
-    return [row for row in results["rows"] if row["rival"] == "native"]
+def _op_rows(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["flop"] is not None]
 
 
 def _product_rate(results: dict[str, Any], row: Row) -> float:

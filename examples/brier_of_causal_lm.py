@@ -28,7 +28,7 @@ else:
     config = LlamaConfig(vocab_size=256, num_hidden_layers=2, **sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.tensor(list(text.encode()))
-documents = [part for part in ids.split(64) if len(part) == 64]  # whole patches of 4 tokens
+documents = [part for part in ids.split(100) if len(part) >= 8]  # intervals are over documents
 with torch.no_grad():
     losses = [model(d[None], labels=d[None]).loss for d in documents]
 print(f"cross-entropy  {torch.stack(losses).mean():.3f} nats a token")
@@ -37,4 +37,4 @@ result = calm_rt.brier_lm(model, documents, max_patches=options.max_patches)
 low, high = result.interval
 print(f"BrierLM        {result.score:.3f}, 95 % interval {low:.3f} to {high:.3f}")
 print(f"Brier-1 to 4   {', '.join(f'{b:.4f}' for b in result.brier)}")
-print(f"{result.tokens_per_second:,.0f} tokens/s")
+print(f"{result.tokens_per_second:,.0f} tokens/s, in windows of at most {result.block_size}")

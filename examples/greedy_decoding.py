@@ -8,6 +8,7 @@ Without a model a small random one shows that the tokens are those of generate(d
 import argparse
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from calm_rt import ops
@@ -25,7 +26,10 @@ else:
     model = AutoModelForCausalLM.from_config(config)
 model.eval()
 prompt = torch.randint(model.config.vocab_size, (2, 5))
-vocabulary = model.get_output_embeddings().weight  # [V, H]; no bias, as in most models
+head = model.get_output_embeddings()
+vocabulary, bias = head.weight, getattr(head, "bias", None)  # [V, H]; most models have no bias
+if bias is not None:  # <h, w> + b = <[h, 1], [w, b]>
+    vocabulary = torch.cat([vocabulary, bias[:, None]], 1).detach()
 
 ids, cache = prompt, None
 with torch.no_grad():
@@ -33,7 +37,10 @@ with torch.no_grad():
         new = ids if cache is None else ids[:, -1:]
         out = model.base_model(new, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        token = ops.linear_argmax(out.last_hidden_state[:, -1], vocabulary)  # [B], no [B, V]
+        hidden = out.last_hidden_state[:, -1]
+        if bias is not None:
+            hidden = F.pad(hidden, (0, 1), value=1.0)
+        token = ops.linear_argmax(hidden, vocabulary)  # [B], no [B, V]
         ids = torch.cat([ids, token[:, None]], 1)
     known = model.generate(
         prompt, max_new_tokens=options.steps, min_new_tokens=options.steps, do_sample=False

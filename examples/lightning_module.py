@@ -1,6 +1,6 @@
 """A CALM as a LightningModule.
 
-python examples/lightning_module.py --steps 3
+python examples/lightning_module.py --steps 3 --accumulate 2
 """
 
 import argparse
@@ -17,8 +17,8 @@ class LightningCalm(lightning.LightningModule):
         self.model = CalmForTraining()
 
     def training_step(self, batch, _):
-        seed = self.global_step * self.trainer.world_size + self.global_rank
-        loss = self.model(batch["input_ids"], seed)
+        count = self.trainer.fit_loop.total_batch_idx  # of microbatches: each has noise of its own
+        loss = self.model(batch["input_ids"], count * self.trainer.world_size + self.global_rank)
         self.log("loss", loss)
         return loss
 
@@ -29,9 +29,11 @@ class LightningCalm(lightning.LightningModule):
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--accumulate", type=int, default=1, help="microbatches of a step")
 options = parser.parse_args()
 trainer = lightning.Trainer(
     max_steps=options.steps,
+    accumulate_grad_batches=options.accumulate,
     logger=False,
     enable_checkpointing=False,
     enable_progress_bar=False,

@@ -67,9 +67,9 @@ def test_selection_rows_as_json(script, monkeypatch, tmp_path, capsys) -> None:
 
 def test_training_rows_as_json(script, monkeypatch, tmp_path) -> None:
     bench = script("bench_training")
-    times = {"official": [0.2, 0.1], "ours": [0.02, 0.03]}
-    monkeypatch.setattr(bench, "compete", lambda steps, device, rounds: times)
-    monkeypatch.setattr(bench, "make_step", lambda *arguments: None)
+    times = {"official": [0.2, 0.1], "native": [0.02, 0.03]}
+    monkeypatch.setattr("calm_rt.benchmark.compete", lambda steps, device, rounds: times)
+    monkeypatch.setattr("calm_rt.steps.training_step", lambda *arguments: None)
     results = written_by(bench, monkeypatch, tmp_path)
     cases = [row["case"] for row in results["rows"]]
     assert cases == ["calm-training"] * 2 + ["autoencoder-training"] * 2

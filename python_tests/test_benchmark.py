@@ -205,7 +205,7 @@ def test_memory_is_that_of_a_call():
 
 
 def test_quick_run(tiny, tmp_path, capsys):
-    assert bench("--quick", "--output", tmp_path) == 0
+    assert bench("--quick", "--report", tmp_path) == 0
     results = results_of(tmp_path)
     assert results["finished"]
     rows = {(row["case"], row["passes"], row["rival"]) for row in results["rows"]}
@@ -233,7 +233,7 @@ def test_quick_run(tiny, tmp_path, capsys):
 
 
 def test_ops_and_json(tiny, tmp_path, capsys):
-    assert bench("--quick", "--ops", "noise", "--output", tmp_path, "--json") == 0
+    assert bench("--quick", "--ops", "noise", "--report", tmp_path, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == results_of(tmp_path)
     assert {row["op"] for row in printed["rows"]} == {"noise"}
@@ -243,13 +243,13 @@ def test_sweep(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "ROUNDS_SECONDS", 0)
     sweep = next(sweep for sweep in scaling.SWEEPS if sweep.op == "noise")
     monkeypatch.setattr(scaling, "SWEEPS", [dataclasses.replace(sweep, values=(1, 3))])
-    assert bench("--quick", "--sweep", "--output", tmp_path) == 0
+    assert bench("--quick", "--sweep", "--report", tmp_path) == 0
     points = results_of(tmp_path)["sweep"]
     threads = {1, min(2, torch.get_num_threads())}
     assert {(p["value"], p["threads"]) for p in points} == {(v, t) for v in (1, 3) for t in threads}
     assert (tmp_path / report.SCALING).is_file()
     assert f"{len(points)} points" in capsys.readouterr().out
-    assert bench("--quick", "--output", tmp_path) == 0
+    assert bench("--quick", "--report", tmp_path) == 0
     assert not (tmp_path / report.SCALING).exists()  # of the run before
 
 
@@ -287,7 +287,7 @@ def test_slower_points_are_named(monkeypatch):
 
 def test_compare(tiny, tmp_path, capsys):
     first, second = tmp_path / "a", tmp_path / "b"
-    assert bench("--quick", "--output", first) == 0
+    assert bench("--quick", "--report", first) == 0
     results = results_of(first)
     # of a machine so slow that shares of its limits have many digits
     results["limits"] = {"copy": 1e4, "product": {"float32": 1e4, "bfloat16": 1e4}}
@@ -357,7 +357,7 @@ def test_ctrl_c_leaves_the_finished_rows(tiny, tmp_path, capsys, monkeypatch, ct
         return measure(case, passes, *arguments, **options)
 
     monkeypatch.setattr(benchmark, "measure", press)
-    assert bench("--quick", "--output", tmp_path) == 130
+    assert bench("--quick", "--report", tmp_path) == 130
     assert str(tmp_path) in capsys.readouterr().err
     results = results_of(tmp_path)
     assert not results["finished"] and {row["passes"] for row in results["rows"]} == {"forward"}
@@ -368,7 +368,7 @@ def test_bad_requests(tiny, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for arguments, words in (
         (["--ops", "fly"], ("ops", "noise, energy_score", "fly")),
-        (["--output", tmp_path / "file" / "x"], ("output", "cannot write")),
+        (["--report", tmp_path / "file" / "x"], ("report", "cannot write")),
         (["--compare", tmp_path, tmp_path], ("compare", "calm-rt bench")),
         (["--device", "abacus"], ("device", "abacus")),
     ):

@@ -159,15 +159,18 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
 
 
-def test_every_op_shows_in_the_profiler_under_its_name() -> None:
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_every_op_shows_in_the_profiler_under_its_name(backend: str) -> None:
     from calm_rt.testing import CASES
 
     for op in ops.__all__:
         case = next(case for case in CASES if case.op == op and not case.benchmark)
         arguments = case.make()
-        for grad in (False, True) if op != "encode" else (False,):  # its parts with gradients
+        parts = op == "encode" and backend == "native"  # what has names there with gradients
+        for grad in (False,) if parts else (False, True):
             activities = [torch.profiler.ProfilerActivity.CPU]
             with (
+                calm_rt.backend(backend),
                 torch.set_grad_enabled(grad),
                 torch.profiler.profile(activities=activities) as profiler,
             ):

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LONGEST = 60  # lines
 LOSS = r"loss -?\d+\.\d+"
 RUNS = {  # options, packages, and what is printed at the end
-    "plain_loop": (["--steps", "3"], [], f"language model: {LOSS} after 3 steps"),
+    "plain_loop": (["--steps", "3"], [], f'{LOSS} after 3 steps\n"""A CALM in one file'),
     "hf_trainer": (["--steps", "3"], ["transformers", "accelerate"], f"{LOSS} over 3 steps"),
     "lightning_module": (["--steps", "3"], ["lightning"], f"{LOSS} after 3 steps"),
     "forecast_score": (["--steps", "150"], [], r"correlation of parts 0\.[6-9]"),  # 0.86 in truth
@@ -33,14 +34,54 @@ def test_all_examples_are_run_and_short() -> None:
         assert path.read_text().count("\n") <= LONGEST, name
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_example(name: str, tmp_path: Path) -> None:
-    options, packages, expected = RUNS[name]
-    for package in packages:
+def run(name: str, folder: Path, *options: str, driver: tuple[str, ...] = ()) -> str:
+    """What the example prints."""
+    for package in RUNS[name][1]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *LAUNCH.get(name, []), str(EXAMPLES / f"{name}.py"), *options]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert re.search(expected, run.stdout), run.stdout
+    command = [sys.executable, *LAUNCH.get(name, driver), str(EXAMPLES / f"{name}.py"), *options]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_example(name: str, tmp_path: Path) -> None:
+    options, _, expected = RUNS[name]
+    printed = run(name, tmp_path, *options)
+    assert re.search(expected, printed), printed
+
+
+SEEDS = """
+import runpy, sys
+from pathlib import Path
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+import small_calm
+forward = small_calm.CalmForTraining.forward
+def noted(self, input_ids, seed):
+    print("seed", seed, flush=True)
+    return forward(self, input_ids, seed)
+small_calm.CalmForTraining.forward = noted
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["hf_trainer", "lightning_module"])
+def test_microbatches_of_a_step_have_noise_of_their_own(name: str, tmp_path: Path) -> None:
+    options = ("--steps", "3", "--accumulate", "4")
+    printed = run(name, tmp_path, *options, driver=("-c", SEEDS))
+    assert re.findall(r"seed (\d+)", printed) == [str(count) for count in range(12)]
+
+
+def test_greedy_decoding_of_a_head_with_a_bias(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = transformers.PhiConfig(vocab_size=500, num_hidden_layers=1, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.lm_head.bias)  # decides, where a random model's logits are small
+    model.save_pretrained(tmp_path)
+    printed = run("greedy_decoding", tmp_path, "--model", str(tmp_path), "--steps", "4")
+    assert RUNS["greedy_decoding"][2] in printed

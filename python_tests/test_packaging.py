@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wheel_matrix
 from wheel_matrix import SMOKE
 
 import calm_rt
@@ -122,3 +123,14 @@ def test_layout_of_kernels(tmp_path: Path) -> None:
         for arguments in (noise, *binding)
     ]
     assert [run.wait() for run in runs] == [0, 0, 0]
+
+
+def test_a_torch_that_no_index_has_is_skipped(tmp_path: Path, monkeypatch) -> None:
+    """With a file of constraints too, about which pip speaks of a conflict instead."""
+    constraint = tmp_path / "constraints.txt"
+    constraint.write_text("torch<=2.14.1\n")
+    monkeypatch.setattr(wheel_matrix, "FOLDER", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for value in ("", str(constraint)):
+        monkeypatch.setenv("PIP_CONSTRAINT", value)
+        assert wheel_matrix.try_wheel(tmp_path / "a.whl", sys.executable, "torch==0.0.1") is None

@@ -22,6 +22,8 @@ FOLDER = ROOT / "build" / "wheels"
 PYTHONS = ("python3.11", "python3.12")
 TORCHES = ("torch==2.11.0", "torch==2.13.0", "torch==2.14.1")
 BUILDS = ("", "+cpu")  # PyPI's own have CUDA
+# what pip says of a torch that no index has, also where a file of constraints names another
+NOT_FOUND = ("No matching distribution", "ResolutionImpossible")
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so")
 
 SMOKE = """
@@ -84,7 +86,7 @@ def try_wheel(wheel: Path, python: str, torch: str) -> str | None:
     run(python, "-m", "venv", "--clear", venv)
     pip = [venv / "bin/pip", "install", "-q"]
     installed = subprocess.run([*map(str, pip), torch], capture_output=True, text=True)
-    if "No matching distribution" in installed.stderr:
+    if any(words in installed.stderr for words in NOT_FOUND):
         return None
     installed.check_returncode()
     run(*pip, wheel, capture_output=True, text=True)

@@ -1,40 +1,12 @@
-"""Rows of whole steps, with the fields of `calm-rt bench`, as the scripts here write them."""
+"""How the scripts here write rows of whole steps and texts (calm_rt.steps.step_rows)."""
 
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from calm_rt.atomic import replace
 from calm_rt.benchmark import machine
-
-
-def step_rows(
-    op: str, case: str, dtype: str, times: dict[str, list[float]], **conditions: Any
-) -> list[dict[str, Any]]:
-    """A row for each rival.  times: seconds of its rounds.  conditions: fields more."""
-    return [
-        {
-            "kind": "step",
-            "op": op,
-            "case": case,
-            "passes": "step",
-            "device": "cpu",
-            "dtype": dtype,
-            "rival": rival,
-            "median_ms": 1e3 * statistics.median(values),
-            "min_ms": 1e3 * min(values),
-            "max_ms": 1e3 * max(values),
-            "rounds": len(values),
-            "peak_extra_bytes": None,
-            "gradient_bytes": 0,
-            "flop": None,
-            "bytes": None,
-            **conditions,
-        }
-        for rival, values in times.items()
-    ]
 
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
