@@ -152,6 +152,7 @@ def measure(
                 "gradient_bytes": gradient,
                 "flop": cost.flop,
                 "bytes": cost.bytes,
+                "flop_int8": cost.screened if device == "cpu" else 0,
             }
         )
     return rows
@@ -197,7 +198,8 @@ def machine(device: str) -> dict[str, Any]:
 def limits(device: str) -> dict[str, Any]:
     """What this machine can do now: bytes a second of a copy, FLOP a second of a library product.
 
-    returns: {"copy": bytes/s, "product": {dtype: FLOP/s}}.
+    returns: {"copy": bytes/s, "product": {dtype: FLOP/s}}; int8 on a CPU only, where a kernel
+        screens in it.
     """
     bytes_copied, size = COPY_BYTES[device], PRODUCT_SIZE[device]
     source = torch.randn(bytes_copied // 4, device=device)
@@ -211,6 +213,12 @@ def limits(device: str) -> dict[str, Any]:
         call = {"product": lambda a=matrix, b=out: torch.mm(a, a, out=b)}
         [products] = compete(call, device, LIMIT_ROUNDS).values()
         rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / min(products)
+    if device == "cpu" and hasattr(torch, "_int_mm"):
+        whole = torch.randint(-127, 128, (size, size), dtype=torch.int8)
+        call = {"product": lambda: torch._int_mm(whole, whole.t())}
+        call["transposed"] = lambda: torch._int_mm(whole, whole)
+        times = compete(call, device, LIMIT_ROUNDS).values()
+        rates["int8"] = 2 * size**3 / min(map(min, times))
     return {"copy": 2 * bytes_copied / min(copies), "product": rates}
 
 

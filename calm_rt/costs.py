@@ -7,6 +7,7 @@ written once, whatever a rival makes in between.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +33,7 @@ class Cost(NamedTuple):
 
     flop: float
     bytes: float
+    screened: float = 0  # of the FLOP, those that the CPU's kernel takes in 8 bits
 
 
 def noise(
@@ -58,7 +60,8 @@ def linear_argmax(
 ) -> Cost:
     read = weight if screen is None else screen
     traffic = hidden.nbytes + read.nbytes + hidden.shape[0] * ID_BYTES
-    return Cost(_product(hidden.shape[0], weight), traffic)
+    flop = _product(hidden.shape[0], weight)
+    return Cost(flop, traffic, flop if weight.dtype != torch.float64 else 0)
 
 
 def linear_cross_entropy(
@@ -95,7 +98,8 @@ def decode(backward: bool, *, latents: Tensor, weights: DecoderWeights, **_) -> 
     tokens = rows * (weights.expand.weight.shape[0] // size)
     flop = _product(rows, weights.latent.weight) + _product(rows, weights.expand.weight)
     flop += _mlps(rows, weights.patch_layers) + _mlps(tokens, weights.token_layers)
-    flop += _product(tokens, weights.vocabulary)
+    screened = _product(tokens, weights.vocabulary)
+    flop += screened
     *layers, vocabulary, screen = weights
     read = _nbytes(layers) + (vocabulary if screen is None else screen).nbytes
     return Cost(flop, latents.nbytes + read + tokens * ID_BYTES)

@@ -44,7 +44,7 @@ def draw_roofline(results: dict[str, Any]) -> Figure:
     axis = figure.add_subplot()
     intensities = [row["flop"] / row["bytes"] for row in rows]
     ends = np.geomspace(min(0.1, *intensities) / 2, max(1000, *intensities) * 2, 200)
-    for (name, rate), style in zip(product.items(), ("-", "--"), strict=True):
+    for (name, rate), style in zip(product.items(), ("-", "--", ":"), strict=False):
         roof = np.minimum(ends * copy, rate) / 1e9
         axis.plot(ends, roof, style, color="black", label=f"{name}: {rate / 1e9:.0f} GFLOP/s")
     for rival in ("official", "native"):

@@ -190,7 +190,16 @@ def test_limits_are_those_of_the_fastest_round(monkeypatch):
     )
     limits = benchmark.limits("cpu")
     assert limits["copy"] == 2 * (1 << 20) / 2.0
-    assert limits["product"] == dict.fromkeys(("float32", "bfloat16"), 2 * 64**3 / 2.0)
+    assert limits["product"] == dict.fromkeys(("float32", "bfloat16", "int8"), 2 * 64**3 / 2.0)
+
+
+def test_share_of_the_limit_is_that_of_the_products_taken():
+    """Of 3 GFLOP 2 in 8 bits, and of a type whose products are slower than float32's."""
+    results = {"limits": {"copy": 1e12, "product": {"float32": 1e9, "bfloat16": 5e8, "int8": 4e9}}}
+    row = {"device": "cpu", "dtype": "bfloat16", "bytes": 1.0, "median_ms": 3000.0}
+    row |= {"flop": 3e9, "flop_int8": 2e9}
+    assert report._share_of_limit(results, row) == "50%"  # 1 s and 0.5 s of 3
+    assert report._share_of_limit(results, {**row, "flop_int8": 0}) == "100%"
 
 
 def test_memory_is_that_of_a_call():
