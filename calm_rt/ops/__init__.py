@@ -1,14 +1,11 @@
 """The ops: a hand-written kernel where one exists, plain PyTorch (calm_rt.reference) elsewhere."""
 
-import sys
-
 from .decode import decode
 from .encode import encode
 from .energy_score import energy_score
 from .gated_mlp import gated_mlp
 from .linear_argmax import linear_argmax
 from .linear_cross_entropy import linear_cross_entropy
-from .named import name_reference
 from .noise import noise
 from .sample_latents import sample_latents
 from .select_patch import select_patch
@@ -24,6 +21,3 @@ __all__ = [
     "sample_latents",
     "select_patch",
 ]
-
-for _op in __all__:
-    name_reference(_op, sys.modules[f"{__name__}.{_op}"])

@@ -38,7 +38,7 @@ def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Te
     """
     _check(latents, weights)
     if not _native.use_native("decode", latents, latents.dtype, DTYPES):
-        return reference.decode(latents, weights, eps)
+        return _native.call_reference(reference.decode, latents, weights, eps)
     leaves = [latents, *tree_leaves(weights._replace(screen=()))]
     mixed = any(leaf.dtype != latents.dtype for leaf in leaves)
     if mixed or is_autocast_on(latents.device):

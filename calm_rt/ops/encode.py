@@ -51,7 +51,7 @@ def encode(
     trained = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     check(not (folded and trained), "weights", "no gradient to folded weights", "one")
     if not _native.use_native("encode", ids, table.dtype, DTYPES):
-        mean, log_std = reference.encode(ids, weights, eps)
+        mean, log_std = _native.call_reference(reference.encode, ids, weights, eps)
     elif trained or is_autocast_on(ids.device):
         mean, log_std = _encode_distinct(ids, weights, eps)
     else:

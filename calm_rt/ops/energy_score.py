@@ -86,7 +86,9 @@ def energy_score(
         )
         result = reference.EnergyScore(*outputs[:3])
     else:
-        result = reference.energy_score(x, mean, log_std, num_targets, beta, seed, rows)
+        result = _native.call_reference(
+            reference.energy_score, x, mean, log_std, num_targets, beta, seed, rows
+        )
     if return_terms:
         return reference.EnergyScore(
             result.score, result.diversity.detach(), result.fidelity.detach()

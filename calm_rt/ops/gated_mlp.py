@@ -47,7 +47,7 @@ def gated_mlp(
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
     if not _native.use_native("gated_mlp", x, dtype, DTYPES):
-        return reference.gated_mlp(x, norm_weight, gate, up, down, eps)
+        return _native.call_reference(reference.gated_mlp, x, norm_weight, gate, up, down, eps)
 
     wide = x if x.dtype == dtype else x.float()
     leaves = (x, norm_weight, gate, up, down)

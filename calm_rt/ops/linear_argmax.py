@@ -40,7 +40,7 @@ def linear_argmax(hidden: Tensor, weight: Tensor, screen: Tensor | None = None) 
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
     if not _native.use_native("linear_argmax", hidden, dtype, DTYPES):
-        return reference.linear_argmax(hidden, weight)
+        return _native.call_reference(reference.linear_argmax, hidden, weight)
     return _native.call("linear_argmax", hidden, weight, usable_screen(screen, dtype))
 
 

@@ -89,8 +89,14 @@ def linear_cross_entropy(
 
     hidden, weight = _one_dtype(hidden, weight)
     if not _native.use_native("linear_cross_entropy", hidden, hidden.dtype, DTYPES):
-        return reference.linear_cross_entropy(
-            hidden, weight, target, ignore_index, reduction, denominator
+        return _native.call_reference(
+            reference.linear_cross_entropy,
+            hidden,
+            weight,
+            target,
+            ignore_index,
+            reduction,
+            denominator,
         )
     # Rows that all count the same have their gradient ready before anything comes back, which is
     # then to be scaled. For a few of them the gradient of the logits is smaller than that.

@@ -43,7 +43,9 @@ def noise(
     double = dtype == torch.float64
     wide = torch.float64 if double else torch.float32
     if not _native.use_native("noise", rows, wide, DTYPES):
-        return reference.noise(seed, rows, num_draws, length, stream, distribution, dtype)
+        return _native.call_reference(
+            reference.noise, seed, rows, num_draws, length, stream, distribution, dtype
+        )
     normal = distribution == "normal"
     values = _native.call("noise", seed, rows, num_draws, length, int(stream), normal, double)
     return values if wide == dtype else values.to(dtype)

@@ -60,7 +60,9 @@ def sample_latents(
         types = {part.dtype for pair in maps for part in pair}
         check(types == {dtype}, "weights", f"maps of hidden's {dtype}", types)
     if not _native.use_native("sample_latents", hidden, dtype, DTYPES):
-        return reference.sample_latents(hidden, weights, num_samples, seed, rows)
+        return _native.call_reference(
+            reference.sample_latents, hidden, weights, num_samples, seed, rows
+        )
     hidden, flat = hidden.to(dtype), _flat(weights, dtype)
     keep = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (hidden, *flat))
     return _native.call("sample_latents", hidden, flat, seed, rows, num_samples, HEAD_EPS, keep)[0]

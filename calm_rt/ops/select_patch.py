@@ -35,7 +35,7 @@ def select_patch(
     n = min(check_int("n", n, 1), pool)  # no patch can occur more often
     seed, rows = seed_and_rows(seed, rows, num_rows, tokens.device)
     if not _native.use_native("select_patch", tokens, torch.int64, DTYPES):
-        return reference.select_patch(tokens, n, seed, rows)
+        return _native.call_reference(reference.select_patch, tokens, n, seed, rows)
     return _native.call("select_patch", tokens, seed, rows, n)
 
 
