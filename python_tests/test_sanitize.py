@@ -70,14 +70,14 @@ def built() -> Path:
 def test_fuzz_under_sanitizers(tmp_path: Path) -> None:
     link_package(tmp_path, built())
     result = run_tests(tmp_path, "test_fuzz.py")
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[:6000]
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_laws_under_sanitizers_on_other_instruction_sets(tmp_path: Path, isa: str) -> None:
     link_package(tmp_path, built())
     result = run_tests(tmp_path, "test_ops.py", "-k", "error_at_most or zero_rows", isa=isa)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[:6000]
 
 
 @dataclass(frozen=True)
@@ -153,5 +153,5 @@ def test_planted_bug_is_found(bug: Bug, tmp_path: Path) -> None:
     link_package(tmp_path, build_with(bug, tmp_path))
     result = run_tests(tmp_path, "test_fuzz.py", "-k", bug.op)
     assert result.returncode != 0 and re.search(bug.report, result.stdout + result.stderr), (
-        result.stdout[-4000:] + result.stderr[-4000:]
+        result.stdout[-2000:] + result.stderr[:6000]
     )

@@ -53,13 +53,13 @@ CALM_INLINE void round_entry(const T* weight, int64_t size, int64_t padded_size,
   const bool tiny = most < kSmallest;
   const float scale = tiny ? 0 : most / kMost, inverse = tiny ? 0 : kMost / most;
   Float squares{}, errors{};
-  Int digits{};
+  Word digits{};  // wraps around where there are NaN or inf, whose sum means nothing
   each_run<Float>(0, size, [&](int64_t k, int64_t count) {
     const Float u = load_some<Float>(weight + k, count) * inverse, q = round_to_even(u), e = u - q;
     squares += u * u;
     errors += e * e;
     const Int whole = __builtin_convertvector(q, Int);
-    digits += whole;
+    digits += reinterpret_cast<Word>(whole);
     typedef Quantum Quanta __attribute__((vector_size(kLanes * sizeof(Quantum))));
     const Quanta narrow = __builtin_convertvector(whole, Quanta);
     std::memcpy(row + k, &narrow, sizeof narrow);
@@ -68,7 +68,7 @@ CALM_INLINE void round_entry(const T* weight, int64_t size, int64_t padded_size,
   const float length = sum(squares);
   const bool odd = !(most <= kLargest && length <= kLargest);
   int32_t digit_sum = 0;  // of numbers that mean something
-  for (int i = 0; i < kLanes && !odd; ++i) digit_sum += digits[i];
+  for (int i = 0; i < kLanes && !odd; ++i) digit_sum += static_cast<int32_t>(digits[i]);
   // the sums' own rounding, and that of u
   const float sum_slack = 1 + static_cast<float>(size) * static_cast<float>(kAdditions);
   const float root = __builtin_sqrtf(static_cast<float>(size));
