@@ -1,15 +1,12 @@
 """Patched models in other people's loops: Trainer's accumulation, two processes of DDP."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from official_standin import LM, assert_same_mean, build, losses, token_ids
-from test_training import free_port
 from torch import nn
+from two_processes import run_two
 
 import calm_rt
 
@@ -99,20 +96,10 @@ def distributed_rank(folder: Path) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_draw_different_noise_and_share_gradients(tmp_path):
     program = (
-        "import sys; sys.path[:0] = sys.argv[1:3]; import test_patch_training as t; "
-        "t.distributed_rank(t.Path(sys.argv[3]))"
+        "from pathlib import Path; import test_patch_training as t; "
+        "t.distributed_rank(Path(sys.argv[1]))"
     )
-    folders = [Path(__file__).parent, Path(__file__).parents[1], tmp_path]
-    command = [sys.executable, "-c", program, *map(str, folders)]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            command, env={**os.environ, **address, "RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    ]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    run_two(program, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert not (first["losses"] == second["losses"]).any()
     assert not torch.isclose(first["draws"], second["draws"]).all(-1).any()

@@ -6,12 +6,11 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from two_processes import run_two
 
 from calm_rt import checkpoint, tensor_files
 from calm_rt.curves import TrainingLog, plot_curves, read_log
@@ -208,30 +207,11 @@ def test_two_processes_are_the_same_run(shards, tmp_path):
     """Two processes under torchrun's environment draw the noise that one draws."""
     whole = run(shards, tmp_path / "whole", 4, calm=True)
     program = (
-        "import sys; sys.path[:0] = sys.argv[1:3]; import test_training as t; "
-        "from pathlib import Path; "
-        "t.run(t.TokenShards(sys.argv[3]), Path(sys.argv[4]), 4, calm=True)"
+        "import test_training as t; from pathlib import Path; "
+        "t.run(t.TokenShards(sys.argv[1]), Path(sys.argv[2]), 4, calm=True)"
     )
-    folders = [Path(__file__).parent, Path(__file__).parents[1], shards.folder, tmp_path / "two"]
-    command = [sys.executable, "-c", program, *map(str, folders)]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            command, env={**os.environ, **address, "RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    ]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    run_two(program, shards.folder, tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(whole, rel=1e-5)
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_divergence_keeps_the_last_checkpoint(shards, tmp_path):
