@@ -17,7 +17,7 @@ from calm_rt.ops.check import (
     may_look,
 )
 from calm_rt.ops.gated_mlp import flat_layers, gated_mlp
-from calm_rt.reference import EncoderWeights, FoldedEncoderWeights
+from calm_rt.reference import EncoderWeights, FoldedEncoderWeights, LinearWeights
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -76,12 +76,17 @@ def _encode_distinct(ids: Tensor, weights: EncoderWeights, eps: float) -> tuple[
         hidden = gated_mlp(hidden, *layer, eps=eps)
     if slots is not None:
         hidden = reference.embed(slots, hidden)  # [R, K, H]
-    hidden = F.linear(hidden.flatten(-2), *weights.squeeze)
+    hidden = _linear(hidden.flatten(-2), weights.squeeze)
     for layer in weights.patch_layers:
         hidden = gated_mlp(hidden, *layer, eps=eps)
     hidden = reference.rms_norm(hidden, weights.norm, eps)
-    mean, log_std = F.linear(hidden, *weights.latent).chunk(2, -1)
+    mean, log_std = _linear(hidden, weights.latent).chunk(2, -1)
     return mean, log_std
+
+
+def _linear(hidden: Tensor, weights: LinearWeights) -> Tensor:
+    """The same bits for any strides: the library's rounding depends on the weight's layout."""
+    return F.linear(hidden, weights.weight.contiguous(), weights.bias)
 
 
 def _flat(weights: EncoderWeights | FoldedEncoderWeights) -> tuple:

@@ -15,8 +15,9 @@ const char* isa_name(Isa isa);
 bool has_fast_bfloat16();
 bool has_fast_half();
 
-// Whether kernels/product.h multiplies floats, not the library: MKL, torch's on x86, stays near half of the rate of
-// AMD's processors. CALM_RT_CPU_PRODUCTS=own|library overrules.
+// Whether kernels/product.h multiplies floats, not the library: MKL, torch's on x86, chooses other instructions on
+// AMD's processors. On a Zen 4 it reaches 84 % of their rate and products of one to four rows take it 1.5 to 2.7 times
+// as long; and its rounding depends there on where a matrix lies in memory. CALM_RT_CPU_PRODUCTS=own|library overrules.
 bool own_products();
 
 }  // namespace calm_rt

@@ -81,42 +81,52 @@ template <class Device, class Body>
 void each_task(int64_t count, const Body& body, bool share_products = false) {
   if constexpr (std::is_same_v<Device, Cpu>) {
     if (count == 1 && share_products) return body(0, 0);
-    std::atomic<int64_t> next_worker{0};
-    // an empty second task makes a lone one run inside a parallel region too
-    torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+    // Whoever is done takes the next task, so a thread that others disturb does not keep the rest waiting. An empty
+    // second task makes a lone one run inside a parallel region too.
+    std::atomic<int64_t> next_worker{0}, next_task{0};
+    torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t, int64_t) {
       const int64_t worker = next_worker++;
       const TaskScope scope;
-      for (int64_t task = begin; task < std::min(end, count); ++task) body(task, worker);
+      for (int64_t task = next_task++; task < count; task = next_task++) body(task, worker);
     });
   } else {
     for (int64_t task = 0; task < count; ++task) body(task, 0);
   }
 }
 
+// Whether products of T are taken without the library.
+template <class Device, class T>
+bool multiplies_here() {
+  return std::is_same_v<Device, Cpu> && std::is_same_v<T, float> && own_products();
+}
+
 // Calls body(first, count) for all columns of a product a b: in a task for all of them, elsewhere in tasks of ranges.
 template <class Device, class T, class Body>
 void each_column_range(const Matrix<T>& a, const Matrix<T>& b, const Body& body) {
   // The library is slow at few columns, the more so the fewer rows: 16 rows through a map of 512 to 1,280 take 0.31 ms
-  // at once, 0.31 in ranges of 256 columns, 0.45 of 128 and 0.50 of 64; 200 rows 1.75, 1.81, 1.88 and 2.04 ms.
-  constexpr int64_t kMost = 8, kNarrowRows = 96, kUnit = 16;
+  // at once, 0.31 in ranges of 256 columns, 0.45 of 128 and 0.50 of 64; 200 rows 1.75, 1.81, 1.88 and 2.04 ms. Its bits
+  // depend on the range: there are as many for any number of threads, and 2, 4 and 8 threads share them evenly.
+  constexpr int64_t kMost = 8, kNarrowRows = 96, kUnit = 32;
   constexpr int64_t kSmallest = 1 << 17;  // multiplications, 10 us of one thread where memory bounds them
   if (std::is_same_v<Device, Cuda> || in_task) return body(0, b.columns);
   const bool small = a.rows * a.columns * b.columns < kSmallest;
   const int64_t narrowest = a.rows < kNarrowRows ? 256 : 96;
-  int64_t count = 1;  // a power of two, which 2, 4 and 8 threads share evenly
-  while (!small && count < kMost && b.columns >= 2 * count * narrowest) count *= 2;
+  int64_t count = 1;
+  if (multiplies_here<Device, T>()) {  // each range packs a anew
+    count = small ? 1 : std::clamp<int64_t>(b.columns / narrowest, 1, num_workers<Device>());
+  } else {
+    while (!small && count < kMost && b.columns >= 2 * count * narrowest) count *= 2;
+  }
   const int64_t most = ((b.columns + count - 1) / count + kUnit - 1) / kUnit * kUnit;
   each_task<Device>(most == 0 ? 0 : (b.columns + most - 1) / most,
                     [&](int64_t task, int64_t) { body(task * most, std::min(most, b.columns - task * most)); });
 }
 
-constexpr int64_t kLibraryRows = 4;  // memory bounds their products, and packing b would cost more than it saves
-
 // out = a b [+ bias] without the library; false where the library is to do it.
 template <class Device, class T>
 bool multiply_here(const Matrix<T>& a, const Matrix<T>& b, const T* bias, const Matrix<T>& out) {
   if constexpr (std::is_same_v<Device, Cpu> && std::is_same_v<T, float>) {
-    if (a.rows <= kLibraryRows || out.transposed || !own_products()) return false;
+    if (out.transposed || !multiplies_here<Device, T>()) return false;
     const auto strides = [](const Matrix<T>& matrix) {
       return matrix.transposed ? std::pair<int64_t, int64_t>{1, matrix.step()}
                                : std::pair<int64_t, int64_t>{matrix.step(), 1};

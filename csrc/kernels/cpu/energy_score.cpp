@@ -56,28 +56,69 @@ struct Row {
   }
 };
 
-// Calls visit(position, scratch index) for each of the row's `length` values.
-template <class V, class Visit>
-CALM_INLINE void each_position(int64_t length, const Visit& visit) {
-  constexpr int kWidth = 4 * lanes<V>;
-  int64_t base = 0;
-  for (; base + kWidth <= length; base += kWidth) {
-    for (int j = 0; j < 4; ++j) {
-      for (int i = 0; i < lanes<V>; ++i) visit(base + 4 * i + j, base + j * lanes<V> + i);
-    }
+// Vector j, lane i is number 4 i + j of 4 vectors; and back. Both halves of a result come from two vectors each.
+CALM_INLINE void deinterleave(Float (&v)[4]) {
+  Int lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const Int halves = lane + (lane >= kLanes / 2) * -(kLanes / 2), first = lane * 4;
+  Float out[4];
+  for (int j = 0; j < 4; ++j) {
+    const Int from = (first + j) & (2 * kLanes - 1);
+    out[j] = __builtin_shuffle(__builtin_shuffle(v[0], v[1], from), __builtin_shuffle(v[2], v[3], from), halves);
   }
-  for (int64_t k = 0; base + k < length; ++k) visit(base + k, base + k % 4 * lanes<V> + k / 4);
+  for (int j = 0; j < 4; ++j) v[j] = out[j];
 }
+CALM_INLINE void interleave(Float (&v)[4]) {
+  Int lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const Int odd = lane & 1, second = (lane & 2) != 0;
+  Float out[4];
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const Int from = (lane >> 2) + quarter * (kLanes / 4) + odd * kLanes;
+    out[quarter] = select(second, __builtin_shuffle(v[2], v[3], from), __builtin_shuffle(v[0], v[1], from));
+  }
+  for (int j = 0; j < 4; ++j) v[j] = out[j];
+}
+CALM_INLINE void deinterleave(double (&)[4]) {}
+CALM_INLINE void interleave(double (&)[4]) {}
 
+// A row's values in the order of the scratch, `beyond` behind them; and back.
 template <class V, class T, class Wide>
-CALM_INLINE void read_row(const T* from, int64_t length, int64_t padded, Wide* to) {
-  for (int64_t k = length / (4 * lanes<V>)*(4 * lanes<V>); k < padded; ++k) to[k] = 0;
-  each_position<V>(length, [&](int64_t position, int64_t index) { to[index] = widen(from[position]); });
+CALM_INLINE void read_row(const T* from, int64_t length, int64_t padded, Wide beyond, Wide* to) {
+  constexpr int kWidth = 4 * lanes<V>;
+  for (int64_t base = 0; base < padded; base += kWidth) {
+    V v[4];
+    for (int64_t j = 0; j < 4; ++j) {
+      const int64_t first = base + j * lanes<V>;
+      if (first + lanes<V> <= length) {
+        if constexpr (lanes<V> == 1)
+          v[j] = widen(from[first]);
+        else
+          v[j] = load(from + first);
+        continue;
+      }
+      Wide part[lanes<V>];
+      for (int64_t i = 0; i < lanes<V>; ++i) part[i] = first + i < length ? widen(from[first + i]) : beyond;
+      v[j] = load(part);
+    }
+    deinterleave(v);
+    for (int j = 0; j < 4; ++j) store(to + base + j * lanes<V>, v[j]);
+  }
 }
 
 template <class V, class T, class Wide>
 CALM_INLINE void write_row(const Wide* from, int64_t length, T* to) {
-  each_position<V>(length, [&](int64_t position, int64_t index) { narrow(from[index], to + position); });
+  constexpr int kWidth = 4 * lanes<V>;
+  for (int64_t base = 0; base < length; base += kWidth) {
+    V v[4];
+    for (int j = 0; j < 4; ++j) v[j] = load(from + base + j * lanes<V>);
+    interleave(v);
+    for (int64_t j = 0; j < 4; ++j) {
+      const int64_t first = base + j * lanes<V>, count = length - first;
+      if (count <= 0) break;
+      store_some(to + first, v[j], count < lanes<V> ? count : lanes<V>);
+    }
+  }
 }
 
 // Turns `count` squared distances into the weights scale * beta * d^(beta - 1) / d of their gradients, 0 at distance 0;
@@ -280,16 +321,13 @@ void energy_score_kernel(const EnergyScore<T>& p, AccumulateType<T>* scratch, in
   const double scale = -2 / draws_by_targets;  // of d fidelity in d score
   for (int64_t r = begin; r < end; ++r) {
     for (int64_t s = 0; s < p.num_draws; ++s) {
-      read_row<V>(p.x + (s * p.num_rows + r) * p.size, p.size, row.padded, row.x + s * row.padded);
+      read_row<V>(p.x + (s * p.num_rows + r) * p.size, p.size, row.padded, Wide{0}, row.x + s * row.padded);
     }
     for (int64_t k = 0; k < p.num_draws * row.padded; ++k) row.grad_x[k] = 0;
-    read_row<V>(p.mean + r * p.size, p.size, row.padded, row.mean);
-    for (int64_t k = 0; k < row.padded; ++k) row.grad_mean[k] = row.grad_log_std[k] = row.std[k] = 0;
-    each_position<V>(p.size, [&](int64_t position, int64_t index) {
-      Wide log_std = p.log_std[r * p.size + position];
-      row.std[index] = sizeof(Wide) == 4 ? static_cast<Wide>(__builtin_expf(static_cast<float>(log_std)))
-                                         : static_cast<Wide>(__builtin_exp(log_std));
-    });
+    read_row<V>(p.mean + r * p.size, p.size, row.padded, Wide{0}, row.mean);
+    read_row<V>(p.log_std + r * p.size, p.size, row.padded, -static_cast<Wide>(__builtin_inf()), row.std);
+    for (int64_t k = 0; k < row.padded; k += lanes<V>) store(row.std + k, exponential(load(row.std + k)));
+    for (int64_t k = 0; k < row.padded; ++k) row.grad_mean[k] = row.grad_log_std[k] = 0;
 
     const double mean_diversity = diversity<V>(row, p.beta);
     start_targets(row, p.rows[r], keys);
@@ -330,9 +368,11 @@ void launch(Cpu device, const EnergyScore<T>& p) {
   const int64_t padded = (p.size + 63) / 64 * 64, draws_padded = (p.num_draws + 15) / 16 * 16;  // of the widest vectors
   const int64_t scratch_size = (2 * p.num_draws + 14) * padded + 4 * draws_padded;
   const int64_t grain = 1 + 16384 / (p.num_targets * p.size + 1);  // about 20 us of work
-  parallel_rows(device, p.num_rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_blocks(device, p.num_rows, grain, [&](Blocks& blocks) {
     auto scratch = std::make_unique<AccumulateType<T>[]>(static_cast<size_t>(scratch_size));
-    CALM_SELECT(energy_score_kernel<T>)(p, scratch.get(), begin, end);
+    for (int64_t begin, end; blocks.take(begin, end);) {
+      CALM_SELECT(energy_score_kernel<T>)(p, scratch.get(), begin, end);
+    }
   });
 }
 

@@ -336,15 +336,17 @@ void launch(Cpu device, const LinearArgmax<T>& p) {
   std::mutex merging;
   const int64_t width = CALM_SELECT(panel_entries)(), panel_size = CALM_SELECT(panel_bytes)(padded_size);
   const int64_t grain = 1 + (1 << 18) / (p.size * p.num_rows / 16 + 1) / width;  // about 20 us of work
-  parallel_rows(device, (p.vocabulary + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
+  parallel_blocks(device, (p.vocabulary + width - 1) / width, grain, [&](Blocks& blocks) {
     const auto own_best = std::make_unique<double[]>(rows);
     const auto own_id = std::make_unique<int64_t[]>(rows);
     const auto reached = std::make_unique<float[]>(rows);
     for (size_t r = 0; r < rows; ++r) own_id[r] = -1, reached[r] = -__builtin_inff();
     const Aligned scratch(panel_size + kRowScratch * padded_size);
     const ArgmaxWinners winners{own_best.get(), own_id.get(), reached.get()};
-    const int64_t last = end * width < p.vocabulary ? end * width : p.vocabulary;
-    CALM_SELECT(scan_entries_kernel<T>)(p, screen, winners, scratch.data, begin * width, last);
+    for (int64_t begin, end; blocks.take(begin, end);) {
+      const int64_t last = end * width < p.vocabulary ? end * width : p.vocabulary;
+      CALM_SELECT(scan_entries_kernel<T>)(p, screen, winners, scratch.data, begin * width, last);
+    }
     const std::lock_guard lock(merging);
     for (size_t r = 0; r < rows; ++r) {
       if (before(own_best[r], own_id[r], best[r], p.id[r])) best[r] = own_best[r], p.id[r] = own_id[r];

@@ -20,18 +20,19 @@ constexpr int kRows = 14;
 constexpr int kRows = 6;
 #endif
 constexpr int kColumns = 2 * kLanes;
+constexpr int kStrip = (kRows + kLanes - 1) / kLanes * kLanes;  // a row of packed a
 // 384 KB of b and 14 KB of a. On a Xeon with 2 MB of second cache 192 to 384 deep and 384 to 640 wide differ by 3 %.
 constexpr int64_t kDepth = 256, kWidth = 384;
 
-// Turns up to kLanes rows of kLanes numbers, `row` apart, into as many columns, `to_row` apart.
-CALM_INLINE void transpose(const float* from, int64_t row, int64_t count, float* to, int64_t to_row) {
-  Float v[kLanes];
+// Turns kCount rows of kLanes numbers, `row` apart, into as many columns, `to_row` apart, zeros behind them.
+template <int kCount>
+CALM_INLINE void transpose(const float* from, int64_t row, float* to, int64_t to_row) {
+  Float v[kLanes] = {};
   Int lane;
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    v[i] = i < count ? load(from + i * row) : Float{};
-    lane[i] = i;
-  }
+  for (int i = 0; i < kCount; ++i) v[i] = load(from + i * row);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
 #pragma GCC unroll 4
   for (int half = kLanes / 2; half > 0; half /= 2) {  // swaps squares of this size across the diagonal
     const Int lower = (lane & half) != 0 ? lane - half + kLanes : lane;
@@ -48,42 +49,35 @@ CALM_INLINE void transpose(const float* from, int64_t row, int64_t count, float*
   for (int i = 0; i < kLanes; ++i) store(to + i * to_row, v[i]);
 }
 
-// Packs `count` rows of `depth` numbers: number k of row r goes to to[k * kStep + r], and zeros up to kStep.
-template <int kStep>
+// Packs up to kStep rows of `depth` numbers: number k of row r goes to to[k * kStride + r], and zeros behind the last.
+template <int kStep, int kStride>
 CALM_INLINE void pack(const float* from, int64_t row, int64_t column, int64_t count, int64_t depth, float* to) {
-  if (row == 1 && count == kStep) {
-    for (int64_t k = 0; k < depth; ++k) std::memcpy(to + k * kStep, from + k * column, kStep * sizeof(float));
-    return;
-  }
+  static_assert(kStride % kLanes == 0 && kStep <= kStride);
   int64_t k = 0;
-  if (column == 1) {
+  if (count == kStep && row == 1) {
+    for (; k < depth; ++k) std::memcpy(to + k * kStride, from + k * column, kStep * sizeof(float));
+  } else if (count == kStep && column == 1) {
     for (; k + kLanes <= depth; k += kLanes) {
-      for (int r = 0; r < kStep; r += kLanes) {
-        constexpr int kRest = kStep % kLanes;
-        const int64_t rows = count - r < kLanes ? count - r : kLanes;
-        if (r + kLanes <= kStep) {
-          transpose(from + r * row + k, row, rows, to + k * kStep + r, kStep);
-        } else {
-          alignas(64) float square[kLanes * kLanes];
-          transpose(from + r * row + k, row, rows, square, kLanes);
-          for (int i = 0; i < kLanes; ++i) {
-            std::memcpy(to + (k + i) * kStep + r, square + i * kLanes, kRest * sizeof(float));
-          }
-        }
+      int r = 0;
+#pragma GCC unroll 4
+      for (; r + kLanes <= kStep; r += kLanes)
+        transpose<kLanes>(from + r * row + k, row, to + k * kStride + r, kStride);
+      if constexpr (kStep % kLanes != 0) {
+        transpose<kStep % kLanes>(from + r * row + k, row, to + k * kStride + r, kStride);
       }
     }
   }
   for (; k < depth; ++k) {
-    for (int64_t r = 0; r < kStep; ++r) to[k * kStep + r] = r < count ? from[r * row + k * column] : 0;
+    for (int64_t r = 0; r < kStep; ++r) to[k * kStride + r] = r < count ? from[r * row + k * column] : 0;
   }
 }
 
-// The sums of kCount rows and kColumns columns, to[r * kColumns + n]. What is stored here the caller adds up: more work
-// in this function, and the compiler keeps sums in memory.
+// The sums of kCount rows and kColumns columns, to[r * kColumns + n]. A function of its own that does no more than
+// this, or the compiler keeps sums in memory (on a Zen 4 that cost 6 %).
 template <int kCount>
-CALM_INLINE void add_tile(const float* a, const float* b, int64_t depth, float* to) {
+static __attribute__((noinline)) void add_tile(const float* a, const float* b, int64_t depth, float* to) {
   Float sum[kCount][2] = {};
-  for (int64_t k = 0; k < depth; ++k, a += kRows, b += kColumns) {
+  for (int64_t k = 0; k < depth; ++k, a += kStrip, b += kColumns) {
     const Float first = load(b), second = load(b + kLanes);
 #pragma GCC unroll 14
     for (int r = 0; r < kCount; ++r) {
@@ -107,22 +101,57 @@ CALM_INLINE void add_rows(int64_t count, const float* a, const float* b, int64_t
 
 CALM_INLINE int64_t at_most(int64_t limit, int64_t count) { return count < limit ? count : limit; }
 
+constexpr int kFewRows = 4;  // up to which reading b is what takes the time, and packing it would double that
+
+// A product of kCount <= kFewRows rows, where b's columns and a's rows are runs of memory.
+template <int kCount = kFewRows>
+CALM_INLINE void multiply_few(const MatrixProduct& p) {
+  if constexpr (kCount > 1) {
+    if (p.rows < kCount) return multiply_few<kCount - 1>(p);
+  }
+  constexpr int kTogether = 4;  // columns
+  for (int64_t n = 0; n < p.columns; n += kTogether) {
+    const int64_t count = at_most(kTogether, p.columns - n);
+    const float* column[kTogether];
+    for (int i = 0; i < kTogether; ++i) column[i] = p.b + (n + (i < count ? i : 0)) * p.b_column;
+    Float sums[kCount][kTogether] = {};
+    each_run<Float>(0, p.depth, [&](int64_t k, int64_t lanes) {
+      Float b[kTogether];
+      for (int i = 0; i < kTogether; ++i) b[i] = load_some<Float>(column[i] + k, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kCount; ++r) {
+        const Float a = load_some<Float>(p.a + r * p.a_row + k, lanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTogether; ++i) sums[r][i] += a * b[i];
+      }
+    });
+    for (int r = 0; r < kCount; ++r) {
+      for (int i = 0; i < count; ++i) {
+        p.out[r * p.out_row + n + i] = sum(sums[r][i]) + (p.bias ? p.bias[n + i] : 0);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void product_kernel(const MatrixProduct& p) {
-  alignas(64) float panels[kDepth * kWidth], strip[kDepth * kRows], sums[kRows * kColumns];
-  for (int64_t n0 = 0; n0 < p.columns; n0 += kWidth) {
-    const int64_t width = at_most(kWidth, p.columns - n0);
+  if (p.rows <= kFewRows && p.b_row == 1 && p.a_column == 1) return multiply_few(p);
+  alignas(64) float panels[kDepth * kWidth], strip[kDepth * kStrip], sums[kRows * kColumns];
+  const int64_t blocks = (p.columns + kWidth - 1) / kWidth;  // as wide as each other, or a narrow last one costs a pass
+  const int64_t block = blocks == 0 ? kWidth : ((p.columns + blocks - 1) / blocks + kColumns - 1) / kColumns * kColumns;
+  for (int64_t n0 = 0; n0 < p.columns; n0 += block) {
+    const int64_t width = at_most(block, p.columns - n0);
     for (int64_t k0 = 0; k0 == 0 || k0 < p.depth; k0 += kDepth) {  // once also for depth 0
       const int64_t depth = at_most(kDepth, p.depth - k0);
       const float* b = p.b + k0 * p.b_row + n0 * p.b_column;
       for (int64_t n = 0; n < width; n += kColumns) {
-        pack<kColumns>(b + n * p.b_column, p.b_column, p.b_row, at_most(kColumns, width - n), depth,
-                       panels + n * kDepth);
+        pack<kColumns, kColumns>(b + n * p.b_column, p.b_column, p.b_row, at_most(kColumns, width - n), depth,
+                                 panels + n * kDepth);
       }
       for (int64_t m = 0; m < p.rows; m += kRows) {
         const int64_t count = at_most(kRows, p.rows - m);
-        pack<kRows>(p.a + m * p.a_row + k0 * p.a_column, p.a_row, p.a_column, count, depth, strip);
+        pack<kRows, kStrip>(p.a + m * p.a_row + k0 * p.a_column, p.a_row, p.a_column, count, depth, strip);
         for (int64_t n = 0; n < width; n += kColumns) {
           add_rows(count, strip, panels + n * kDepth, depth, sums);
           for (int64_t r = 0; r < count; ++r) {

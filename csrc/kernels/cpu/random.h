@@ -143,11 +143,86 @@ CALM_INLINE void finish_uniforms(const float* known, uint32_t draw, int64_t row,
   uniforms<3>(c, keys, value);
 }
 
+// ---- normals ----
+
+// Entry `index mod 16` of a table, lane by lane.
+CALM_INLINE Float look_up(const float (&table)[16], Int index) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Float>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), _mm512_load_ps(table)));
+#elif defined(__AVX2__)
+  const __m256i at = reinterpret_cast<__m256i>(index);
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), at);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), at);
+  return reinterpret_cast<Float>(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28))));
+#else
+  Float v;
+  for (int i = 0; i < kLanes; ++i) v[i] = table[index[i] & 15];
+  return v;
+#endif
+}
+
+// 1 / c to 12 bits for c = 3/4, 25/32 ... 31/32, 1, 17/16 ... 23/16, and 2 log of it.
+alignas(64) constexpr float kReciprocal[16] = {1.333496094f,  1.279785156f,  1.230957031f,  1.185058594f,
+                                               1.143066406f,  1.103515625f,  1.066894531f,  1.032226562f,
+                                               1.f,           0.9411621094f, 0.8889160156f, 0.8420410156f,
+                                               0.8000488281f, 0.7619628906f, 0.7272949219f, 0.6955566406f};
+alignas(64) constexpr float kTwiceLogReciprocal[16] = {
+    0.5756082535f,  0.4933844209f, 0.4155838788f,  0.33958444f,    0.2674289644f, 0.1970022172f,  0.1295042485f,
+    0.06343635917f, 0.f,           -0.1212797612f, -0.2355050445f, -0.343853116f, -0.4461650252f, -0.5437148213f,
+    -0.6368464231f, -0.7260856628f};
+
+// -2 log(x) for a normal positive x, within 2 ulp: x = 2^e m with m near the c of a table, and log(m / c) by a series.
+CALM_INLINE Float minus_twice_logarithm(Float x) {
+  const Int bits = reinterpret_cast<Int>(x), above = bits - 0x3f3c0000;  // 3/4 less half the way to 25/32
+  const Int power = above & ~0x007fffff;
+  const Float m = reinterpret_cast<Float>(bits - power);
+  const Int index = above >> 19;
+  const Float reciprocal = look_up(kReciprocal, index);
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const Float r = m * reciprocal - 1.f;
+#else  // without rounding the product: 12 bits of m by 12
+  const Float leading = reinterpret_cast<Float>(reinterpret_cast<Int>(m) & ~0x0fff);
+  const Float r = (leading * reciprocal - 1.f) + (m - leading) * reciprocal;
+#endif
+  Float p = splat<Float>(0.50046223f);
+  p = p * r - 0.66699151f;
+  p = p * r + 0.99999987f;
+  const Float start = __builtin_convertvector(power, Float) * -1.6525916e-7f + look_up(kTwiceLogReciprocal, index);
+  return p * (r * r) + (r * -2.f + start);
+}
+CALM_INLINE double minus_twice_logarithm(double x) { return -2 * __builtin_log(x); }
+
+// The sine of sixteenths of a turn.
+alignas(64) constexpr float kSine[16] = {
+    0.f, 0.38268343237f,  0.70710678119f,  0.92387953251f,  1.f,  0.92387953251f,  0.70710678119f,  0.38268343237f,
+    0.f, -0.38268343237f, -0.70710678119f, -0.92387953251f, -1.f, -0.92387953251f, -0.70710678119f, -0.38268343237f};
+
+// sin(2 pi u) and cos(2 pi u) for u in [0, 1): the reduction to the nearest sixteenth of a turn is exact, the error
+// below 1e-7.
+CALM_INLINE void sin_cos_turns(Float u, Float& sine, Float& cosine) {
+  const Float magic = splat<Float>(12582912.f);  // added, it rounds to whole numbers, which its low bits then hold
+  const Float shifted = u * 16.f + magic;
+  const Int index = reinterpret_cast<Int>(shifted);
+  const Float r = u * 16.f - (shifted - magic), z = r * r;
+  Float s = splat<Float>(7.77176854e-5f);
+  s = s * z - 1.00931790e-2f;
+  s = (s * z + 3.92699082e-1f) * r;  // sin(pi r / 8)
+  Float c = splat<Float>(9.8911224e-4f);
+  c = (c * z - 7.710615e-2f) * z;  // cos(pi r / 8) - 1
+  const Float sine_at = look_up(kSine, index), cosine_at = look_up(kSine, index + 4);
+  sine = sine_at + (cosine_at * s + sine_at * c);
+  cosine = cosine_at + (cosine_at * c - sine_at * s);
+}
+CALM_INLINE void sin_cos_turns(double u, double& sine, double& cosine) {
+  sine = __builtin_sin(6.283185307179586477 * u);
+  cosine = __builtin_cos(6.283185307179586477 * u);
+}
+
 // Normals from uniforms by Box-Muller on pairs of them, cosine first.
 template <class V>
 CALM_INLINE void box_muller(V (&value)[4]) {
   for (int pair = 0; pair < 4; pair += 2) {
-    V radius = quick_square_root(-2.f * logarithm(value[pair] + kUniformStep)), sine, cosine;
+    V radius = quick_square_root(minus_twice_logarithm(value[pair] + kUniformStep)), sine, cosine;
     sin_cos_turns(value[pair + 1], sine, cosine);
     value[pair] = radius * cosine;
     value[pair + 1] = radius * sine;

@@ -84,10 +84,12 @@ void launch(Cpu device, const SelectPatch& p) {
   int64_t table_size = 2;
   while (table_size < 2 * p.pool) table_size *= 2;             // at most half full
   const int64_t grain = 1 + 16384 / (p.pool * (p.patch + 4));  // about 20 us of work
-  parallel_rows(device, p.num_rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_blocks(device, p.num_rows, grain, [&](Blocks& blocks) {
     auto table = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(table_size));
     auto groups = std::make_unique_for_overwrite<PatchGroup[]>(static_cast<size_t>(p.pool));
-    CALM_SELECT(select_patch_kernel)(p, table.get(), table_size, groups.get(), begin, end);
+    for (int64_t begin, end; blocks.take(begin, end);) {
+      CALM_SELECT(select_patch_kernel)(p, table.get(), table_size, groups.get(), begin, end);
+    }
   });
 }
 #endif

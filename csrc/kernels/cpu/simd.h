@@ -250,32 +250,6 @@ CALM_INLINE Float round_to_even(Float x) {
   return (x + magic) - magic;
 }
 
-// Natural logarithm of a normal positive x, within 0.7 ulp (coefficients of Cephes' logf).
-CALM_INLINE Float logarithm(Float x) {
-  Int bits = reinterpret_cast<Int>(x);
-  Int exponent = (bits >> 23) - 126;
-  Float m = reinterpret_cast<Float>((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
-  Int small = m < splat<Float>(0.707106781f);                           // -1 where true
-  exponent += small;
-  m = select(small, m + m, m) - 1.f;
-  Float z = m * m;
-  Float p = splat<Float>(7.0376836292e-2f);
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  Float e = __builtin_convertvector(exponent, Float);
-  Float y = p * m * z;
-  y = e * -2.12194440e-4f + y;
-  y = z * -0.5f + y;
-  return e * 0.693359375f + (m + y);
-}
-CALM_INLINE double logarithm(double x) { return __builtin_log(x); }
-
 // e^x for any x, within 1 ulp, also where the result is subnormal, 0, infinite or NaN (coefficients of Cephes' expf).
 CALM_INLINE Float exponential(Float x) {
   x = select(x > splat<Float>(89.f), splat<Float>(89.f), x);  // infinite from 88.73 on
@@ -296,29 +270,6 @@ CALM_INLINE Float exponential(Float x) {
   return y * reinterpret_cast<Float>((power - half_power + 127) << 23);
 }
 CALM_INLINE double exponential(double x) { return __builtin_exp(x); }
-
-// sin(2 pi u) and cos(2 pi u) for u in [0, 1): the reduction to a quarter turn is exact, the error below 1e-7.
-CALM_INLINE void sin_cos_turns(Float u, Float& sine, Float& cosine) {
-  Float quarter = round_to_even(u * 4.f);
-  Float r = (u * 4.f - quarter) * 1.57079632679f;
-  Int k = __builtin_convertvector(quarter, Int);
-  Float z = r * r;
-  Float s = splat<Float>(-1.9515295891e-4f);
-  s = s * z + 8.3321608736e-3f;
-  s = s * z - 1.6666654611e-1f;
-  s = s * (z * r) + r;
-  Float c = splat<Float>(2.443315711809948e-5f);
-  c = c * z - 1.388731625493765e-3f;
-  c = c * z + 4.166664568298827e-2f;
-  c = c * (z * z) + (1.f - 0.5f * z);
-  Int swap = (k & 1) != 0;
-  sine = reinterpret_cast<Float>(reinterpret_cast<Int>(select(swap, c, s)) ^ ((k & 2) << 30));
-  cosine = reinterpret_cast<Float>(reinterpret_cast<Int>(select(swap, s, c)) ^ (((k + 1) & 2) << 30));
-}
-CALM_INLINE void sin_cos_turns(double u, double& sine, double& cosine) {
-  sine = __builtin_sin(6.283185307179586477 * u);
-  cosine = __builtin_cos(6.283185307179586477 * u);
-}
 
 CALM_INLINE Float absolute(Float x) { return reinterpret_cast<Float>(reinterpret_cast<Int>(x) & 0x7fffffff); }
 CALM_INLINE double absolute(double x) { return __builtin_fabs(x); }
