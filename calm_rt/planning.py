@@ -4,15 +4,17 @@ Memory that torch holds is counted on fake tensors, which have shapes and no dat
 runs, so no second description of it can grow wrong. What kernels hold for themselves is added by
 formula, and so is what a library compiles for itself: of 16-bit types on a CPU, code for every new
 shape of a product, whatever its size, which stays. How many shapes pools take depends on how many
-candidates each pass leaves, which is taken to vary as heads of so many tosses of a coin do.
+candidates each pass leaves, which is taken to vary as heads of so many tosses of a coin do, and on
+the few numbers of rows that those are rounded up to (`decode.spare_rows`).
 Arithmetic is that of the matrix products (costs.py for the ops, torch's own counter for the
 backbone); at small batches reading the weights takes longer than the arithmetic does.
 """
 
 import statistics
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -30,6 +32,7 @@ from calm_rt.engine import PREFILL_CHUNK
 from calm_rt.losses import energy_loss
 from calm_rt.nn import AutoencoderConfig, Calm, CalmConfig, KVCache, fold_encoder
 from calm_rt.ops.check import check
+from calm_rt.ops.decode import spare_rows
 from calm_rt.sampling import contexts_at_once, decodes_whole
 from calm_rt.training_state import build_optimizer
 
@@ -37,9 +40,10 @@ RATE_SIZE = 1024  # of the square product that measures a machine's rate
 RATE_ROUNDS = 7
 
 # What oneDNN keeps of each shape of a 16-bit product: 490 to 640 kB, whatever its size (64 x 64 to
-# 688 x 256, 1 to 464 rows), bfloat16 as float16, on AVX-512 with both (330 kB where rows are whole
-# sixteens); nothing of float32 and on AVX2; not known of other processors. The last 1,024 stay.
-KERNEL_BYTES, MOST_KERNELS = 570_000, 1024
+# 688 x 256, 1 to 464 rows), bfloat16 as float16, on AVX-512 with both, and 330 kB where rows are
+# whole sixteens, as those of a lazy pool's later passes are; nothing of float32 and on AVX2; not
+# known of other processors.
+KERNEL_BYTES, WHOLE_KERNEL_BYTES = 570_000, 330_000
 # Shapes inside of ops: a gated MLP's gate and up in two ranges of columns, and its down.
 SHAPES = {"mm": 1, "addmm": 1, "gated_mlp": 3, "sample_latents": 8, "decode": 8}
 PASS_SHAPES = SHAPES["addmm"] + SHAPES["gated_mlp"]  # of a pass over a slot or several
@@ -117,8 +121,10 @@ def plan_generation(
         read = _kernel_bytes(memory, dtype)
         draws, most_draws = _draw_memory(model, memory, batch_size, num_candidates)
         steps = -(-max_new_tokens // size) if most_draws > draws else 0  # that leave some of a pool
-        usual = different_counts(steps, batch_size * num_candidates)
-        kernels, most_kernels = (_kernel_bytes(memory, dtype, count) for count in (usual, steps))
+        sizes = padded_sizes(batch_size * num_candidates, dtype)
+        usual = different_sizes(steps, batch_size * num_candidates, sizes)
+        most = min(steps, len(sizes))
+        kernels, most_kernels = (_kernel_bytes(memory, dtype, count) for count in (usual, most))
         with FlopCounterMode(display=False) as prefill:
             model.hidden_states(_ids(1, prompt * size))
         flop = {
@@ -195,13 +201,18 @@ def gemm_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     return 2 * RATE_SIZE**3 / statistics.median(seconds)
 
 
-def different_counts(steps: int, tosses: int) -> float:
-    """How many different numbers of heads to expect in `steps` times so many tosses of a coin."""
-    spread = NormalDist(0, tosses**0.5 / 2)
-    most = 4 * round(spread.stdev + 1)
-    return sum(
-        1 - (1 - spread.cdf(k + 0.5) + spread.cdf(k - 0.5)) ** steps for k in range(-most, most + 1)
-    )
+def padded_sizes(count: int, dtype: torch.dtype) -> list[int]:
+    """The numbers of rows that passes over up to `count` candidates have, rising."""
+    like = torch.empty(0, dtype=dtype)
+    return sorted({rows + spare_rows(rows, like) for rows in range(1, count + 1)})
+
+
+def different_sizes(steps: int, tosses: int, sizes: Sequence[int]) -> float:
+    """How many to expect of `sizes`, rising, to which the heads of `tosses` coins are rounded up,
+    `steps` times."""
+    heads = NormalDist(tosses / 2, tosses**0.5 / 2)
+    below = [0.0, *(heads.cdf(size + 0.5) for size in sizes)]
+    return sum(1 - (1 - to + since) ** steps for since, to in pairwise(below))
 
 
 def library_compiles(dtype: torch.dtype) -> bool:
@@ -256,11 +267,11 @@ def _check_counts(**counts: int) -> None:
 
 
 def _kernel_bytes(memory: LiveMemory, dtype: torch.dtype, later_passes: float = 0) -> int:
-    """What the library keeps of the shapes seen so far, and of passes that are like no other."""
+    """What the library keeps of the shapes seen so far, and of passes with new numbers of rows."""
     if not library_compiles(dtype):
         return 0
-    count = sum(memory.products.values()) + later_passes * PASS_SHAPES
-    return round(min(count, MOST_KERNELS) * KERNEL_BYTES)
+    later = later_passes * PASS_SHAPES
+    return round(sum(memory.products.values()) * KERNEL_BYTES + later * WHOLE_KERNEL_BYTES)
 
 
 def _sampling_flop(model: Calm, batch_size: int, num_candidates: int) -> dict[str, int]:

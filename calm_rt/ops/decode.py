@@ -90,12 +90,25 @@ def decode_slots(
     slots = weights.expand.weight.unflatten(0, (-1, hidden.shape[1]))  # [K, H, H]
     biases = weights.expand.bias.unflatten(0, slots.shape[:2])
     check(len(rows) == len(slots), "rows", f"those of {len(slots)} slots", len(rows))
-    wanted = [
-        F.linear(hidden[of_slot], slot, bias)
-        for of_slot, slot, bias in zip(rows, slots, biases, strict=True)
-    ]
-    tokens = _decode_tokens(torch.cat(wanted), weights, eps)  # [N, H]
+    wanted = []
+    for of_slot, slot, bias in zip(rows, slots, biases, strict=True):
+        padded = F.pad(of_slot, (0, spare_rows(len(of_slot), hidden)))
+        wanted.append(F.linear(hidden[padded], slot, bias)[: len(of_slot)])
+    count = sum(map(len, wanted))
+    wanted.append(hidden.new_zeros(spare_rows(count, hidden), hidden.shape[1]))
+    tokens = _decode_tokens(torch.cat(wanted), weights, eps)[:count]  # [N, H]
     return linear_argmax(tokens, weights.vocabulary, weights.screen)
+
+
+def spare_rows(count: int, like: Tensor) -> int:
+    """How many rows to add to so many, where their number is another at every call.
+
+    The library compiles code for each number of rows that a 16-bit product on a CPU has, and keeps
+    it. So they are rounded up to few numbers: sixteens, and from 256 on eight in each octave.
+    """
+    if like.device.type != "cpu" or like.itemsize != 2:
+        return 0
+    return -count % max(16, 1 << max(0, count.bit_length() - 4))
 
 
 def _decode_tokens(hidden: Tensor, weights: DecoderWeights, eps: float) -> Tensor:
