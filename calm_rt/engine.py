@@ -188,7 +188,8 @@ class Engine:
             longest = max(map(len, chunks))
             ids = self._tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks])
             counts = self._tensor([len(chunk) // patch_size for chunk in chunks])
-            slots = self.cache.slots(first, first + len(chunks))
+            read = (start + longest) // patch_size
+            slots = self.cache.slots(first, first + len(chunks), read)
             hidden = self.model.hidden_states(ids, slots)  # [B, P, H]
             slots.advance(counts)
             rows = torch.arange(len(chunks), device=hidden.device)
@@ -206,7 +207,9 @@ class Engine:
             tiles = [(0, unread[-1] + 1)]
         for first, last in tiles:
             sequences = self.sequences[first:last]
-            slots = self.cache.slots(first, last)
+            # known without a look: so attention has the same width in any cache, on any device
+            read = max(sequence.num_drawn_patches for sequence in sequences)
+            slots = self.cache.slots(first, last, read)
             ids = self._tensor([sequence.last_patch for sequence in sequences])
             hidden = self.model.hidden_states(ids, slots)[:, 0]  # [B, H]
             counted = self._tensor([sequence.unread for sequence in sequences])

@@ -60,10 +60,11 @@ class Generator:
         max_patches: of one sequence in the loop of one's own, which fixes its cache; None for the
             model's longest. The other methods take what their prompts need.
         prefill_chunk: patches of prompts that one forward pass reads, which bounds its memory.
-        batch_invariant: every sequence goes through the network alone, so that its text is the
-            same bit for bit alone and in any batch on one device. A step of B sequences then costs
-            B steps of one: at temperature 1 nothing is gained by a batch; below it little is lost,
-            for a pool fills the matrix products by itself.
+        batch_invariant: every sequence goes through the network alone, and its attention reads as
+            many patches as it has itself, so that its text is the same bit for bit alone and in any
+            batch on one device. A step of B sequences then costs B steps of one: at temperature 1
+            nothing is gained by a batch; below it little is lost, for a pool fills the matrix
+            products by itself. On a GPU nothing is captured.
         screen: on a CPU, decode through `nn.screen_decoder`: same tokens sooner, for V H bytes.
         steps_per_read: steps of the whole batch before the host looks at what was drawn, where all
             its sequences have the same settings and method "pool" and stand behind their first

@@ -154,6 +154,11 @@ class TokenSequence:
         return -(-tokens // self._patch_size)
 
     @property
+    def num_drawn_patches(self) -> int:
+        """Patches of what the backbone reads of the prompt, and of all that was drawn behind it."""
+        return len(self.context) // self._patch_size + self.steps
+
+    @property
     def known(self) -> list[int]:
         """The first tokens of the next patch, as far as the prompt has them."""
         return [] if self.steps else self.left_over

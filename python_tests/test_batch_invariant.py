@@ -4,12 +4,14 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_engine import recorded  # noqa: F401  (a fixture)
 from test_generation import PATCH, build_model
 from torch import Tensor
 
 from calm_rt.draws import Draws
 from calm_rt.generation import Generator
+from calm_rt.nn import backbone
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,35 @@ def test_texts_are_the_same_bit_for_bit(single, recorded, temperature):  # noqa:
         assert recorded.keys() == first.keys()
         for row, (hidden, patch) in recorded.items():
             assert torch.equal(hidden, first[row][0]) and torch.equal(patch, first[row][1])
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_attention_sees_what_it_sees_of_a_sequence_alone(monkeypatch, looks):
+    """Sizes and alignment of its operands, on a CPU and where nobody looks, as on a GPU."""
+    seen, attend = [], F.scaled_dot_product_attention
+
+    def record(*operands, attn_mask, **options):
+        tensors = [*operands, *([] if attn_mask is None else [attn_mask])]
+        aligned = [stored.data_ptr() % 64 for stored in operands[1:]]
+        seen.append((*(tensor.shape for tensor in tensors), *aligned))
+        return attend(*operands, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(backbone, "may_look", lambda tensor: looks)
+    model = build_model(hidden_size=40).float()
+    generator = Generator(model, batch_invariant=True, prefill_chunk=5)
+    prompts, options = prompts_of_mixed_lengths(), {"max_new_tokens": 14}
+    together = generator.generate(prompts, **options)
+    in_batch, alone = sorted(seen), []
+    seen.clear()
+    for name, prompt in enumerate(prompts):
+        alone += generator.generate([prompt], sequence_ids=[name], **options)
+    assert in_batch == sorted(seen) and len(seen) > 2 * 8 * 3
+    assert [result.ids for result in together] == [result.ids for result in alone]
+    generator.prefill([prompts[0]], **options)  # a cache of the longest texts
+    seen.clear()
+    generator.step(), generator.step()
+    assert set(seen) <= set(in_batch)
 
 
 def last_bits(self: Draws, number: int, count: int) -> Tensor:

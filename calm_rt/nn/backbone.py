@@ -1,6 +1,7 @@
 """The Transformer over patches: Llama's, fed with embeddings, with a static key-value cache."""
 
 import copy
+import math
 from typing import NamedTuple, Self
 
 import torch
@@ -11,6 +12,8 @@ from calm_rt import reference
 from calm_rt.nn.autoencoder import GatedMLP, RMSNorm, init_weights
 from calm_rt.nn.config import CalmConfig
 from calm_rt.ops.check import check, check_shape, may_look
+
+ALIGNMENT = 64  # bytes, of a cache's rows: a library's bits may depend on where an operand lies
 
 
 class Place(NamedTuple):
@@ -65,11 +68,14 @@ class KVCache:
         """batch_size: B rows.  max_patches: the most patches that a row may reach."""
         check(batch_size >= 0, "batch_size", "at least 0", batch_size)
         check(max_patches >= 1, "max_patches", "at least 1", max_patches)
-        self.max_patches = max_patches
+        self.max_patches = self.width = max_patches
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # one more slot than patches: padding behind a row's end is written there and read by nobody
         rows = (config.num_hidden_layers, 2, batch_size)
-        sizes = (*rows, max_patches + 1, config.num_key_value_heads, config.head_dim)
+        patch = config.num_key_value_heads * config.head_dim * dtype.itemsize  # bytes
+        whole = ALIGNMENT // math.gcd(ALIGNMENT, patch)
+        patches = max_patches + 1 + -(max_patches + 1) % whole
+        sizes = (*rows, patches, config.num_key_value_heads, config.head_dim)
         self.storage = torch.zeros(sizes, dtype=dtype, device=device)
 
     def advance(self, counts: Tensor) -> None:
@@ -91,9 +97,14 @@ class KVCache:
         """
         self.storage, self.lengths = self.storage[:, :, rows], self.lengths[rows]
 
-    def slots(self, first: int, last: int) -> Self:
-        """Rows first .. last - 1 as a cache of their own, in the same memory."""
+    def slots(self, first: int, last: int, width: int | None = None) -> Self:
+        """Rows first .. last - 1 as a cache of their own, in the same memory.
+
+        width: patches of each row that attention reads, which must be all that the next forward
+            pass looks at; None for max_patches.
+        """
         part = copy.copy(self)
+        part.width = self.max_patches if width is None else width
         part.storage, part.lengths = self.storage[:, :, first:last], self.lengths[first:last]
         return part
 
@@ -223,23 +234,23 @@ class Transformer(nn.Module):
             positions = positions + cache.lengths[:, None]  # [B, P]
             places = positions.clamp(max=cache.max_patches)
             slots = torch.arange(len(places), device=embeds.device)[:, None], places
-            num_patches, mask = _seen(positions, cache.max_patches)
+            num_patches, mask = _seen(positions, cache.width)
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, wide)
         return Place(cos, sin, slots, num_patches, mask)
 
 
-def _seen(positions: Tensor, max_patches: int) -> tuple[int, Tensor | None]:
+def _seen(positions: Tensor, width: int) -> tuple[int, Tensor | None]:
     """How many patches of a cache attention reads, and which of them each position sees.
 
     In eager CPU code, where looking is free, no more than the longest row has, and no mask where
     every position sees them all.
-    positions: [B, P].
+    positions: [B, P].  width: patches that are enough.
     returns: T; [B, 1, P, T] bool, or None.
     """
-    num_patches = max_patches
+    num_patches = width
     if may_look(positions):
         least, most = (int(bound) for bound in positions.aminmax())
-        num_patches = min(max_patches, most + 1)
+        num_patches = min(width, most + 1)
         if least == most:
             return num_patches, None
     slots = torch.arange(num_patches, device=positions.device)
