@@ -13,8 +13,9 @@ from torch import Tensor
 
 from calm_rt.nn import Calm, KVCache
 from calm_rt.ops.check import check
+from calm_rt.rejection import BudgetError
 from calm_rt.replay import Steps
-from calm_rt.sampling import BudgetError, parse_temperature, sample_patches
+from calm_rt.sampling import parse_temperature, sample_patches
 from calm_rt.sequence import Sampling, TokenSequence
 
 PREFILL_CHUNK = 1024  # patches: their activations take less than the weights of any usual backbone
@@ -245,7 +246,9 @@ class Engine:
             sample = sample_patches(self.model, hidden, rows=rows, prefix=prefix, **settings)
         except BudgetError as error:
             if len(slots) == 1:
-                sequences[0].fail(str(error))
+                taken = error.result
+                counts = taken.draws, taken.slots, taken.trials, taken.calls, taken.spared
+                sequences[0].fail(str(error), *map(int, counts))
             else:  # each alone: the same draws again, so the others get what they would have got
                 for slot in slots:
                     self._draw([slot])

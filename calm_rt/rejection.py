@@ -33,10 +33,22 @@ class Rejection(NamedTuple):
     found: Tensor  # [B] bool, False where max_draws were not enough
     draws: Tensor  # [B] int64, that the head made, in whole rounds
     calls: Tensor  # [B] int64, that theorem 2 counts: always n of stage one, however early it fails
-    spared: Tensor  # [B] int64, calls for what stage one need not see after a first difference
+    spared: Tensor  # [B] int64, calls of stage one without a draw: behind a first difference, or
+    # behind the last draw
     trials: Tensor  # [B] int64, starts of stage one
     slots: Tensor  # [B] int64, tokens decoded
     rounds: int  # that were begun
+
+
+class BudgetError(RuntimeError):
+    """Algorithm 1 found no patch within max_draws.
+
+    result: of all contexts that were drawn together.
+    """
+
+    def __init__(self, message: str, result: Rejection) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def reject(
@@ -91,6 +103,8 @@ def reject(
         slots[active] += pools.slots
         active = active[~done]
         rounds, left = rounds + 1, left - size
+    for context in active.tolist():
+        progress[context].stop()
     counts = [[run.calls, run.spared, run.trials] for run in progress]
     calls, spared, trials = torch.tensor(counts, device=device).view(-1, 3).long().T
     found = torch.ones_like(slots, dtype=torch.bool)
@@ -142,3 +156,8 @@ class _Progress:
             if self.equal > self.n or (self.equal == self.n and self.alpha == 0):
                 return True
         return False
+
+    def stop(self) -> None:
+        """No draw follows: what is left of stage one is not called."""
+        if 0 < self.equal < self.n:
+            self.spared += self.n - self.equal

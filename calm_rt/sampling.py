@@ -30,7 +30,7 @@ from calm_rt.ops.check import (
     seed_and_rows,
 )
 from calm_rt.pool import vote
-from calm_rt.rejection import LARGEST_ROUND, reject
+from calm_rt.rejection import LARGEST_ROUND, BudgetError, reject
 from calm_rt.tuples import Tuples, take_tuples
 
 MAX_DRAWS = 10_000  # of a context, 50 pools of the official size
@@ -56,16 +56,12 @@ class PatchSample(NamedTuple):
     matched: Tensor  # [B] bool, no known token had to be put over another patch
     trials: Tensor  # [B] int64, of algorithm 1, 0 without it: one in so many was accepted
     calls: Tensor  # [B] int64, its calls of the sampler, as the paper's theorem 2 counts them
-    spared: Tensor  # [B] int64, those of them that no draw was needed for, after a first difference
+    spared: Tensor  # [B] int64, those of them that took no draw, e.g. after a first difference
     sure: Tensor  # [B] bool, a tuple of a pool's first draws was equal, which decided
 
 
 _COUNTS = ("draws", "slots", "trials", "calls", "spared")
 _FLAGS = ("exact", "matched", "sure")
-
-
-class BudgetError(RuntimeError):
-    """Algorithm 1 found no patch within max_draws."""
 
 
 def parse_temperature(temperature: float | Fraction | str, method: str = "pool") -> Fraction:
@@ -345,7 +341,8 @@ def sample_by_rejection(
             f"algorithm 1 at temperature {_shortly(temperature)}: no patch within "
             f"max_draws = {max_draws} in {len(missing)} of {len(result.found)} contexts, the first "
             f"with row id {rows[0]}; "
-            'raise max_draws, or pass on_budget="pool"'
+            'raise max_draws, or pass on_budget="pool"',
+            result,
         )
     nearest = Fraction(1, round(1 / temperature))
     known = None if prefix is None else prefix[missing]

@@ -80,7 +80,7 @@ class Generation:
     # were put over another patch
     acceptance: float | None  # of algorithm 1, patches found / trials; None without a trial
     calls: int  # of the sampler by algorithm 1, as the paper's theorem 2 counts them
-    spared: int  # those of them that took no draw, as stage one ends at a first difference
+    spared: int  # those of them that took no draw, e.g. as stage one ends at a first difference
     error: str | None = None  # why it ended early; what was drawn before is here
 
 
@@ -184,14 +184,10 @@ class TokenSequence:
         """
         known = len(self.known)
         self.steps, self.last_patch, self.unread = self.steps + 1, patch, True
-        self._draws, self._slots = self._draws + draws, self._slots + slots
-        full = draws if known or self._pool is None else self._pool
-        self._full += full * self._patch_size
+        self._count(draws, slots, trials, calls, spared, None if known else self._pool)
         self._exact = self._exact and exact
         self._matched = self._matched and matched
         self._accepted += exact and trials > 0
-        self._trials, self._calls = self._trials + trials, self._calls + calls
-        self._spared += spared
         for token in patch[known : known + self.room]:
             self._ids.append(token)
             self._lengths.append(len(self._text))
@@ -206,9 +202,18 @@ class TokenSequence:
                 break
         self._seconds = time.perf_counter() - self._start
 
-    def fail(self, reason: str) -> None:
-        """Ends the sequence before its next step."""
+    def fail(
+        self,
+        reason: str,
+        draws: int = 0,
+        slots: int = 0,
+        trials: int = 0,
+        calls: int = 0,
+        spared: int = 0,
+    ) -> None:
+        """Ends the sequence before its next step, on which so much was spent."""
         self.error = f"sequence {self.name}, step {self.steps}: {reason}"
+        self._count(draws, slots, trials, calls, spared)
 
     def unsent(self) -> str:
         """The text that is new and certain; what may begin a stop waits."""
@@ -238,6 +243,20 @@ class TokenSequence:
             spared=self._spared,
             error=self.error,
         )
+
+    def _count(
+        self,
+        draws: int,
+        slots: int,
+        trials: int,
+        calls: int,
+        spared: int,
+        pool: int | None = None,
+    ) -> None:
+        self._draws, self._slots = self._draws + draws, self._slots + slots
+        self._full += (draws if pool is None else pool) * self._patch_size
+        self._trials, self._calls = self._trials + trials, self._calls + calls
+        self._spared += spared
 
     def _append_text(self, piece: str) -> None:
         longest = max(map(len, self._stop_texts), default=1)

@@ -175,7 +175,9 @@ def test_an_exceeded_budget_ends_its_sequence_alone(model):
     prompts = [[1], [2], [3]]
     with pytest.raises(GenerationError, match=r"step 0: algorithm 1 .*max_draws.*2 more") as raised:
         Generator(model).generate(prompts, **options)
-    assert [result.ids for result in raised.value.generations] == [[]] * 3
+    for result in raised.value.generations:
+        assert (result.ids, result.acceptance, result.draws) == ([], 0, 45)
+        assert result.calls - result.spared == 45 and result.decoded_share > 0
 
 
 # ---- the loop of one's own ----

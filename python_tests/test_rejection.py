@@ -10,8 +10,8 @@ from test_reference import FALSE_ALARM
 from torch import Tensor
 
 from calm_rt import rejection
-from calm_rt.rejection import Rejection, reject
-from calm_rt.sampling import BudgetError, sample_by_rejection
+from calm_rt.rejection import BudgetError, Rejection, reject
+from calm_rt.sampling import sample_by_rejection
 from calm_rt.threads import restored_threads
 
 PATCHES = torch.tensor([[3, 1, 2], [3, 1, 4], [3, 2, 2], [4, 1, 2], [4, 5, 6]])
@@ -125,12 +125,25 @@ def test_a_context_does_not_depend_on_its_batch_or_on_threads() -> None:
 HOPELESS = torch.tensor([1.0, 1, 1, 1, 1])  # at 1 / 40 a trial succeeds once in 5^39
 
 
+@pytest.mark.parametrize(("temperature", "max_draws"), [("1/40", 45), ("0.3", 33)])
+def test_calls_are_counted_to_the_end_of_the_budget(temperature: str, max_draws: int) -> None:
+    """A trial that the end cuts off counts whole, and what it has not drawn is spared."""
+    result = reject(planted(0, 200, HOPELESS), Fraction(temperature), max_draws)
+    missing = ~result.found
+    assert missing.sum() > 50
+    made = (result.calls - result.spared)[missing]
+    assert (made == result.draws[missing]).all() and (made == max_draws).all()
+
+
 def test_contexts_without_a_patch_are_named() -> None:
     rows = torch.tensor([2**40, 7, 8])
     weights = torch.stack([torch.tensor([1.0, 0, 0, 0, 0]), HOPELESS, HOPELESS])
     message = "1/40.*max_draws = 300 in 2 of 3 contexts, the first with row id 7"
-    with pytest.raises(BudgetError, match=message):
+    with pytest.raises(BudgetError, match=message) as raised:
         sample_by_rejection(planted(0, rows, weights), Fraction(1, 40), 50, 300, "raise", None)
+    result = raised.value.result
+    assert result.found.tolist() == [True, False, False]
+    assert torch.equal(result.patches[0], PATCHES[0]) and result.draws[1:].tolist() == [300, 300]
 
 
 @pytest.mark.parametrize("temperature", ["1/40", "2/79"])

@@ -13,7 +13,8 @@ from calm_rt import ops, reference, sampling
 from calm_rt.nn import AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.decode import decode_patch, decode_slots
 from calm_rt.reference import Stream
-from calm_rt.sampling import BudgetError, parse_temperature, sample_patches
+from calm_rt.rejection import BudgetError
+from calm_rt.sampling import parse_temperature, sample_patches
 from calm_rt.threads import restored_threads
 
 SIZES = {"patch_size": 2, "vocab_size": 8, "hidden_size": 16, "intermediate_size": 16}
