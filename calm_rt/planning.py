@@ -42,8 +42,8 @@ RATE_ROUNDS = 7
 # What oneDNN keeps of each shape of a 16-bit product: 490 to 640 kB, whatever its size (64 x 64 to
 # 688 x 256, 1 to 464 rows), bfloat16 as float16, on AVX-512 with both, and 330 kB where rows are
 # whole sixteens, as those of a lazy pool's later passes are; nothing of float32 and on AVX2; not
-# known of other processors.
-KERNEL_BYTES, WHOLE_KERNEL_BYTES = 570_000, 330_000
+# known of other processors. The last 1,024 stay.
+KERNEL_BYTES, WHOLE_KERNEL_BYTES, MOST_KERNELS = 570_000, 330_000, 1024
 # Shapes inside of ops: a gated MLP's gate and up in two ranges of columns, and its down.
 SHAPES = {"mm": 1, "addmm": 1, "gated_mlp": 3, "sample_latents": 8, "decode": 8}
 PASS_SHAPES = SHAPES["addmm"] + SHAPES["gated_mlp"]  # of a pass over a slot or several
@@ -74,6 +74,10 @@ class LiveMemory(TorchDispatchMode):
                 self.peak = max(self.peak, self.live)
         return result
 
+    def num_products(self) -> int:
+        """How many shapes the library's products had."""
+        return sum(self.products.values())
+
     def _free(self, size: int) -> None:
         self.live -= size
 
@@ -95,7 +99,8 @@ def plan_generation(
     returns: parameters, and bytes: parameter_bytes, screen_bytes (of the rounded vocabulary),
         cache_bytes, activation_bytes (of the largest forward pass), draw_bytes (of a step's
         draws), kernel_bytes (code of the library for 16-bit products), peak_bytes, and most_bytes,
-        the peak where all draws are equal and none can be ruled out early; flop of reading all
+        the peak where all draws are equal and none can be ruled out early, and where sequences end
+        one by one, each number of which the library compiles for; flop of reading all
         prompts, and of a step of the batch: backbone, head and decode, the last for all slots of
         all draws (the lazy pool decodes a share of them).
     raises: ValueError for sizes below 1 or a text longer than the model's longest.
@@ -116,15 +121,19 @@ def plan_generation(
         memory.peak = held
         with FlopCounterMode(display=False) as step:
             model.hidden_states(_ids(batch_size, size), cache)
+        of_step = memory.num_products()
         model.hidden_states(_ids(batch_size, width * size), cache)
         activations = memory.peak - held
+        of_prompts = memory.num_products() - of_step
         read = _kernel_bytes(memory, dtype)
         draws, most_draws = _draw_memory(model, memory, batch_size, num_candidates)
+        of_step = memory.num_products() - of_prompts
         steps = -(-max_new_tokens // size) if most_draws > draws else 0  # that leave some of a pool
         sizes = padded_sizes(batch_size * num_candidates, dtype)
         usual = different_sizes(steps, batch_size * num_candidates, sizes)
         most = min(steps, len(sizes))
-        kernels, most_kernels = (_kernel_bytes(memory, dtype, count) for count in (usual, most))
+        kernels = _kernel_bytes(memory, dtype, usual)
+        most_kernels = _kernel_bytes(memory, dtype, most, (batch_size - 1) * of_step)
         with FlopCounterMode(display=False) as prefill:
             model.hidden_states(_ids(1, prompt * size))
         flop = {
@@ -266,12 +275,16 @@ def _check_counts(**counts: int) -> None:
         check(count >= 1, name, "at least 1", count)
 
 
-def _kernel_bytes(memory: LiveMemory, dtype: torch.dtype, later_passes: float = 0) -> int:
-    """What the library keeps of the shapes seen so far, and of passes with new numbers of rows."""
+def _kernel_bytes(
+    memory: LiveMemory, dtype: torch.dtype, later_passes: float = 0, more: int = 0
+) -> int:
+    """What the library keeps of the shapes seen so far, of passes with new numbers of rows, and of
+    more shapes, but no more than the last MOST_KERNELS."""
     if not library_compiles(dtype):
         return 0
     later = later_passes * PASS_SHAPES
-    return round(sum(memory.products.values()) * KERNEL_BYTES + later * WHOLE_KERNEL_BYTES)
+    others = min(memory.num_products() + more, MOST_KERNELS - later)
+    return round(others * KERNEL_BYTES + later * WHOLE_KERNEL_BYTES)
 
 
 def _sampling_flop(model: Calm, batch_size: int, num_candidates: int) -> dict[str, int]:

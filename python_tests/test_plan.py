@@ -116,3 +116,13 @@ def test_passes_over_a_pool_have_few_shapes():
     kept = [shapes for _, shapes in memory.products if all(all(shape) for shape in shapes)]
     assert len(kept) <= 2 * len(padded_sizes(200, torch.bfloat16)) <= 2 * 13
     assert padded_sizes(20, torch.float32) == list(range(1, 21))  # nothing is kept of those
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequences_that_end_one_by_one_are_in_the_most(dtype):
+    options = {"dtype": dtype, "prompt_tokens": 64, "num_candidates": 1}
+    few, many = (plan_generation(*CONFIGS, batch_size=size, **options) for size in (1, 9))
+    more = [plan["most_bytes"] - plan["peak_bytes"] for plan in (few, many)]
+    assert more[0] == 0
+    # 80 MB are what eight numbers of sequences take in bfloat16
+    assert 80e6 < more[1] < 120e6 if library_compiles(dtype) else more[1] == 0
