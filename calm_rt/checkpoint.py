@@ -59,8 +59,9 @@ def load(
     _check_dtype(dtype)
     folder = ModelFolder(local_folder(path, hub))
     model, prefix = folder.model, folder.prefix
-    # each a copy, so that the file may go
-    tensors = {name: folder.read(name).to(device, dtype, copy=True) for name in folder.meta}
+    # each a copy, so that the file may go; the largest first, whose mappings come on top
+    names = sorted(folder.meta, key=lambda name: -folder.meta[name].nbytes)
+    tensors = {name: folder.read(name).to(device, dtype, copy=True) for name in names}
     tensors[prefix + EMBEDDING_ALIAS] = tensors[prefix + EMBEDDING]
     model.load_state_dict(tensors, assign=True)
     autoencoder = model.ae_model if isinstance(model, Calm) else model

@@ -18,6 +18,8 @@ from torch import Tensor
 from calm_rt.atomic import replace
 from calm_rt.torch_archive import check_archive
 
+# Parts in which small files are read, but none smaller: to map a file anew takes some milliseconds.
+WINDOWS, SMALLEST_WINDOW = 16, 4 << 20
 FORMAT = {"format": "pt"}  # the metadata that transformers wants to see
 DTYPE_NAMES = {  # in the header of a safetensors file
     torch.float64: "F64",
@@ -31,8 +33,8 @@ class StoredTensors:
     """The tensors of some files by name, each mapped from its file when it is asked for.
 
     meta: their shapes and types, on the meta device.  files: where each is.
-    window: after so many bytes a file is mapped anew, for what was read stays in memory while the
-        mapping does; None keeps one mapping, for tensors that are needed all at once.
+    window: after at most so many bytes a file is mapped anew, for what was read stays in memory
+        while the mapping does; None keeps one mapping, for tensors that are needed all at once.
     raises: as read_tensors, and ValueError for a tensor that is in two files.
     """
 
@@ -47,10 +49,13 @@ class StoredTensors:
                 if name in self.files:
                     raise ValueError(f"{path}: tensor {name} is in {self.files[name].name} too")
                 self.meta[name], self.files[name] = tensor.to("meta"), path
+        if window is not None:
+            whole = sum(tensor.nbytes for tensor in self.meta.values())
+            self._window = min(window, max(SMALLEST_WINDOW, whole // WINDOWS))
 
     def __getitem__(self, name: str) -> Tensor:
         path, expected = self.files[name], self.meta[name]
-        if self._window is not None and self._read > self._window:
+        if self._window is not None and self._read + expected.nbytes > self._window:
             self._mapped, self._read = {}, 0
         if path not in self._mapped:
             self._mapped[path] = read_tensors(path)
