@@ -278,6 +278,9 @@ def _token_ids(
     if isinstance(prompt, str):
         known = tokenizer is not None
         check(known, "prompts", "token ids, for there is no tokenizer", "a text")
+        # bytes of the command line that are no UTF-8, half a pair in JSON
+        halves = any("\ud800" <= character <= "\udfff" for character in prompt)
+        check(not halves, "prompts", "text of whole characters", ascii(prompt[:80]))
         prompt = tokenizer.encode(prompt)
     expected = "texts or lists of token ids"
     check(isinstance(prompt, Iterable), "prompts", expected, f"{prompt!r} for one of them")

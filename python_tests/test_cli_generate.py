@@ -82,6 +82,9 @@ def test_bad_prompt_files(folder, fails, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
     fails([*generate, "-"], "prompts: expected text", "standard input")
     file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "half \\ud83d"}')
+    for half in (["--prompts", file], ["--prompt", "half \ud83d"]):
+        fails([*generate[:-1], *half], r"prompts: expected text of whole characters", "half")
     for wrong in ("no json", '"text"', '{"text": "x"}', '{"prompt": 3}'):
         file.write_text(f'{{"prompt": "x"}}\n{wrong}\n')
         fails([*generate, file], "prompts", "line 2", wrong)
