@@ -15,6 +15,8 @@ from needs import need
 from test_simulator import ROOT, built
 from torch import Tensor
 
+from calm_rt import reference
+
 WORDS, THREADS, WARP = 4096, 128, 32
 SECTIONS = {  # in the order of the program's output, in multiples of WORDS
     "narrow_bfloat16": 1,
@@ -32,6 +34,9 @@ SECTIONS = {  # in the order of the program's output, in multiples of WORDS
     "warp_sum_many": 1,
     "ballot": 1,
     "shuffle": 1,
+    "philox": 4,
+    "uniforms": 4,
+    "normals": 4,
     "matrices": 1,
     "products": 1,
     "tamed": 1,
@@ -145,6 +150,30 @@ def test_reductions(simulated, words: Tensor) -> None:
     assert_equal_words(simulated["shuffle"], rows[:, down] + rows[:, lanes * 5 % WARP])
 
 
+def philox_words(words: Tensor) -> Tensor:
+    """Four words of each word's counter and key, [WORDS, 4] int64."""
+    unsigned, place = words.long() & 0xFFFFFFFF, torch.arange(WORDS)
+    *counter, low, high = (unsigned[place ^ k] for k in range(6))
+    return torch.stack(reference.philox(counter, high << 32 | low), -1)
+
+
+def check_normals(bits: Tensor, words: Tensor) -> None:
+    """Box-Muller in double, by pairs of words; the bound that all devices share."""
+    first, second = philox_words(words).bitwise_right_shift(8).double().view(-1, 2).unbind(-1)
+    radius = (-2 * torch.log(first * 2**-24 + 2**-24)).sqrt()
+    angle = 2 * torch.pi * second * 2**-24
+    exact = radius[:, None] * torch.stack([angle.cos(), angle.sin()], -1)
+    error = (bits.view(torch.float32).double().view_as(exact) - exact).abs()
+    assert (error <= 4 * torch.finfo(torch.float32).eps * radius[:, None]).all()
+
+
+def test_random_numbers(simulated, words: Tensor) -> None:
+    expected = philox_words(words).flatten()
+    assert_equal_words(simulated["philox"], expected)
+    assert_same(simulated["uniforms"], (expected >> 8).float() * 2**-24)
+    check_normals(simulated["normals"], words)
+
+
 def assert_equal_words(words: Tensor, expected: Tensor) -> None:
     assert torch.equal(words.long() & 0xFFFFFFFF, (expected & 0xFFFFFFFF).flatten())
 
@@ -244,13 +273,14 @@ def test_cuda_device_equals_the_simulator(simulated, words: Tensor, tmp_path: Pa
     compile_for_device(program, "-gencode", target, "-cudart=static")
     device = run(program, tmp_path, words)
     check_products(device.pop("products"), words)
+    check_normals(device.pop("normals"), words)
     products, in_shared_memory = device.pop("box_products"), device.pop("box")
     if (major, minor) == (9, 0):
         check_box_products(products, device["tamed"])
         assert torch.equal(in_shared_memory, simulated["box"])
     for name, bits in device.items():
         floats = {"narrow_bfloat16": torch.bfloat16, "narrow_half": torch.float16}.get(name)
-        if name in ("ballot", "shuffle", "matrices", "tamed"):
+        if name in ("ballot", "shuffle", "philox", "matrices", "tamed"):
             assert torch.equal(bits, simulated[name]), name
         elif floats is not None:
             assert_same(bits.short(), simulated[name].short().view(floats))

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/cuda/primitives_bulk.cuh"
+#include "kernels/cuda/random.cuh"
 #include "kernels/cuda/reduce.cuh"
 
 namespace calm_rt {
@@ -71,6 +72,20 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const uint32_t* in, ui
   out[4 * kWords + i] = bits_of(warp_sum_many(many));
   out[5 * kWords + i] = __ballot_sync(kFullMask, x > 0);
   out[6 * kWords + i] = __shfl_down_sync(kFullMask, in[i], 3) + __shfl_sync(kFullMask, in[i], lane * 5 % kWarpSize);
+}
+
+// [12, kWords]: Philox's four words of each thread's counter and key, and what uniforms and normals become of them.
+__global__ void __launch_bounds__(kThreads) random_kernel(const uint32_t* in, uint32_t* out) {
+  const int i = word_of();
+  const uint64_t seed = in[i ^ 4] | static_cast<uint64_t>(in[i ^ 5]) << 32;
+  const PhiloxWords words = philox({{in[i], in[i ^ 1], in[i ^ 2], in[i ^ 3]}}, seed);
+  const Four uniforms = uniform_four(words), normals = normal_four(words);
+#pragma unroll
+  for (int e = 0; e < kFour; ++e) {
+    out[4 * i + e] = words.word[e];
+    out[4 * (kWords + i) + e] = bits_of(uniforms.value[e]);
+    out[4 * (2 * kWords + i) + e] = bits_of(normals.value[e]);
+  }
 }
 
 // [kWords]: a warp copies 32 rows of four words, every fifth of them as zeros, in two groups, and loads matrices.
@@ -182,9 +197,13 @@ struct Step {
   }
 };
 
-constexpr Step kSteps[] = {{"convert", convert_kernel, 5},   {"runs", runs_kernel, 4},
-                           {"reduce", reduce_kernel, 7},     {"matrices", matrices_kernel, 1, kThreads * 16},
-                           {"products", products_kernel, 1}, {"boxes", nullptr, 6}};
+constexpr Step kSteps[] = {{"convert", convert_kernel, 5},
+                           {"runs", runs_kernel, 4},
+                           {"reduce", reduce_kernel, 7},
+                           {"random", random_kernel, 12},
+                           {"matrices", matrices_kernel, 1, kThreads * 16},
+                           {"products", products_kernel, 1},
+                           {"boxes", nullptr, 6}};
 
 #ifdef __CUDACC__
 
