@@ -77,7 +77,7 @@ def pytest_command(*arguments: str) -> Command:
 
 def law_commands() -> list[Command]:
     parallel = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
-    names = "test_ops", "test_cuda", "test_select_patch", "test_replay"
+    names = "test_ops", "test_cuda", "test_select_patch", "test_survivors", "test_replay"
     return [pytest_command(*parallel, *(f"python_tests/{name}.py" for name in names))]
 
 

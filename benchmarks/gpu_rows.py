@@ -58,6 +58,13 @@ CASES = (
         for rows, dtype in ((800, BF16), (800, torch.float32), (4, BF16), (25600, BF16))
     ),
     case(
+        "linear_argmax",
+        "first-100-R800-H512-V128257-bfloat16",
+        inputs.first_argmax,
+        *(800, HIDDEN, VOCABULARY, 100),
+        dtype=BF16,
+    ),
+    case(
         "linear_cross_entropy",
         "R16384-H512-V128257-bfloat16",
         inputs.linear_cross_entropy,
@@ -96,6 +103,7 @@ CASES = (
         official_arguments=functools.cache(lambda: inputs.encode(8192, 8192, *AUTOENCODER)),
     ),
     case("select_patch", "B32-S1000-K4-n2", inputs.model_pool, *(32, 1000, PATCH, 2)),
+    case("survivors", "B32-S1000-K4-depth3", inputs.survivors, *(32, 1000, PATCH, 3)),
     case("noise", "D8-R8188-L64", inputs.noise, *(8, TRAINED_ROWS, 64, "normal")),
 )
 

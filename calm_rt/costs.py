@@ -56,9 +56,16 @@ def energy_score(
 
 
 def linear_argmax(
-    backward: bool, *, hidden: Tensor, weight: Tensor, screen: Tensor | None = None
+    backward: bool,
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    screen: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Cost:
     read = weight if screen is None else screen
+    if count is not None:
+        hidden = hidden[: int(count)]
     traffic = hidden.nbytes + read.nbytes + hidden.shape[0] * ID_BYTES
     flop = _product(hidden.shape[0], weight)
     return Cost(flop, traffic, flop if weight.dtype != torch.float64 else 0)
@@ -123,6 +130,12 @@ def sample_latents(
 
 def select_patch(backward: bool, *, tokens: Tensor, **_) -> Cost:
     return Cost(HASH_FLOP * tokens.numel(), tokens.nbytes + tokens.shape[0] * ID_BYTES)
+
+
+def survivors(backward: bool, *, tokens: Tensor, depth: int, **_) -> Cost:
+    candidates = tokens.shape[0] * tokens.shape[1]
+    known = candidates * depth
+    return Cost(HASH_FLOP * known, (known + candidates + tokens.shape[0] + 1) * ID_BYTES)
 
 
 def _product(rows: int, weight: Tensor) -> int:

@@ -154,6 +154,10 @@ def linear_argmax(rows: int, size: int, vocabulary: int) -> dict[str, Any]:
     return dict(hidden=normal(1, rows, size), weight=normal(2, vocabulary, size))
 
 
+def first_argmax(rows: int, size: int, vocabulary: int, count: int) -> dict[str, Any]:
+    return linear_argmax(rows, size, vocabulary) | dict(count=torch.tensor(count))
+
+
 def argmax_screen(arguments: dict[str, Any]) -> dict[str, Any]:
     return dict(screen=screen_vocabulary(arguments["weight"]))
 
@@ -191,6 +195,11 @@ def select_patch(pools: int, candidates: int, patch: int, n: int) -> dict[str, A
         seed=torch.tensor(5),
         rows=torch.arange(pools) * 7 + (1 << 35),
     )
+
+
+def survivors(pools: int, candidates: int, patch: int, depth: int) -> dict[str, Any]:
+    tokens = model_pool(pools, candidates, patch, 2)["tokens"]
+    return dict(tokens=tokens, kept=torch.arange(pools) % candidates, depth=min(depth, patch))
 
 
 def model_pool(pools: int, candidates: int, patch: int, n: int) -> dict[str, Any]:

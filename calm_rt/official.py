@@ -49,9 +49,12 @@ def energy_score(
     return among - 2 * toward
 
 
-def linear_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
+def linear_argmax(hidden: Tensor, weight: Tensor, count: Tensor | None = None) -> Tensor:
     """The end of `Autoencoder.decoder` and `temperature_sampling`: all logits, then argmax."""
-    return torch.nn.functional.linear(hidden, weight).argmax(-1)
+    ids = torch.nn.functional.linear(hidden, weight).argmax(-1)
+    if count is None:
+        return ids
+    return torch.where(torch.arange(len(ids), device=ids.device) < count, ids, -1)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, **_) -> Tensor:
@@ -103,3 +106,16 @@ def select_patch(tokens: Tensor, *, n: int, **_) -> Tensor:
                 break
         chosen += random.choices(list(weights), list(weights.values()))
     return torch.tensor(chosen, device=tokens.device)
+
+
+def survivors(tokens: Tensor, kept: Tensor, *, depth: int) -> tuple[Tensor, Tensor]:
+    """Not in the official code: torch's own ops on all pools, which wait for the host."""
+    pools, size, _ = tokens.shape
+    pool = torch.arange(pools, device=tokens.device)
+    starts = torch.cat(
+        [pool.repeat_interleave(size)[:, None], tokens[..., :depth].flatten(0, 1)], 1
+    )
+    _, kind, counts = starts.unique(dim=0, return_inverse=True, return_counts=True)
+    alive = counts[kind] > 1  # [B S]
+    alive[pool * size + kept] = True
+    return torch.cat([alive.nonzero(), (~alive).nonzero()]).squeeze(1), alive.sum()

@@ -15,8 +15,7 @@ from torch import Tensor
 
 
 class Stream(enum.IntEnum):
-    """Which use of randomness a number belongs to; the same table stands in
-    csrc/common/philox.h."""
+    """Which use of randomness a number belongs to; the table of csrc/common/philox.h."""
 
     TARGET = 0  # target draws of the energy score
     HEAD = 1  # input noise of the generative head
@@ -58,8 +57,7 @@ def philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
 def _noise_words(
     seed: Tensor, rows: Tensor, num_draws: int, length: int, stream: int
 ) -> list[Tensor]:
-    """Four tensors [num_draws, R, ceil(length / 4)] of random words; element l uses word l % 4 of
-    group l // 4."""
+    """Four [num_draws, R, ceil(length / 4)] of random words; element l has word l % 4 of l // 4."""
     groups = torch.arange((length + 3) // 4, device=rows.device) | (int(stream) << 24)
     draws = torch.arange(num_draws, device=rows.device)[:, None, None]
     low, high = rows & 0xFFFFFFFF, (rows >> 32) & 0xFFFFFFFF
@@ -78,8 +76,7 @@ def noise(
     """Random numbers that depend on (seed, row id, draw, position, stream) only.
 
     seed: [] int64.  rows: [R] int64, logical row ids.
-    returns: [num_draws, R, length]; "uniform" in [0, 1) in steps of 2^-24, exact; "normal" by
-        Box-Muller.
+    returns: [num_draws, R, length]; "uniform" exact steps of 2^-24 in [0, 1), "normal" Box-Muller.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     words = _noise_words(seed, rows, num_draws, length, stream)
@@ -137,8 +134,7 @@ def energy_score(
     """score = mean over pairs of |x_i - x_j|^beta - 2 mean of |x_i - y_m|^beta, y_m = mean +
     exp(log_std) eps_m.
 
-    x: [S, R, L].  mean, log_std: [R, L], the autoencoder's posterior.  seed: [] int64.  rows: [R]
-        int64.
+    x: [S, R, L].  mean, log_std: [R, L], of the autoencoder.  seed: [] int64.  rows: [R] int64.
     returns: EnergyScore of [R] tensors.
     """
     wide = torch.promote_types(mean.dtype, torch.float32)
@@ -175,10 +171,8 @@ def linear_cross_entropy(
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if reduction == "mean" and denominator is not None:
-        return (
-            F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
-            / denominator
-        )
+        total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+        return total / denominator
     return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
 
 
@@ -239,8 +233,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def embed(ids: Tensor, table: Tensor) -> Tensor:
     """The rows of a table, NaN for an id outside it where nobody looks at ids before.
 
-    There torch's own embedding ends in an assertion on the device, behind which a process can do
-    nothing more with it.
+    There torch's own ends in an assertion on the device, behind which it takes no more calls.
     ids: [...] int64.  table: [V, H].
     returns: [..., H].
     """
@@ -373,9 +366,8 @@ def select_patch(tokens: Tensor, n: int, seed: Tensor, rows: Tensor) -> Tensor:
     """Algorithm 2 at temperature 1 / n on a pool of candidate patches.
 
     The patches that occur at least m times compete with weight C(count, m), for the largest m <= n
-    that any patch
-    reaches; candidates stand in the order of their first occurrence, and one uniform number
-    decides.
+    that any patch reaches; candidates stand in the order of their first occurrence, and one uniform
+    number decides.
 
     tokens: [B, S, K] int64, the pool of each context.  seed: [] int64.  rows: [B] int64.
     returns: [B] int64, the index in the pool of the chosen patch's first occurrence.
@@ -387,14 +379,22 @@ def select_patch(tokens: Tensor, n: int, seed: Tensor, rows: Tensor) -> Tensor:
     level = most.clamp(max=n)
     # C(count, level) / C(most, level) as a product of ratios, 0 where count < level
     steps = torch.arange(n, device=tokens.device)
-    ratio = (counts[..., None] - steps).clamp(min=0) / (most[..., None] - steps).clamp(
-        min=1
-    ).double()
+    left, of = counts[..., None] - steps, most[..., None] - steps
+    ratio = left.clamp(min=0) / of.clamp(min=1).double()
     weights = torch.where(steps < level[..., None], ratio, 1).prod(-1) * first
     total = weights.cumsum(-1)
     u = noise(seed, rows, 1, 1, Stream.CHOICE, "uniform", torch.float64)[0]  # [B, 1]
-    return (
-        torch.searchsorted(total, u * total[:, -1:], right=True)
-        .squeeze(-1)
-        .clamp(max=tokens.shape[1] - 1)
-    )
+    chosen = torch.searchsorted(total, u * total[:, -1:], right=True).squeeze(-1)
+    return chosen.clamp(max=tokens.shape[1] - 1)
+
+
+def survivors(tokens: Tensor, kept: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """The candidates whose first `depth` tokens another of their pool has, or that are kept, first.
+
+    tokens: [B, S, K] int64.  kept: [B] int64, a candidate of each pool, or none's number.
+    returns: [B S] int64, all candidates b S + s; [] int64, how many come first.
+    """
+    known = tokens[..., :depth]
+    shared = (known[:, :, None] == known[:, None]).all(-1).sum(-1) > 1  # [B, S]
+    alive = shared | (torch.arange(tokens.shape[1], device=tokens.device) == kept[:, None])
+    return (~alive).flatten().argsort(stable=True), alive.sum()

@@ -158,6 +158,7 @@ SWEEPS = (
         "S 200, K 4, n 2",
         lambda b: inputs.model_pool(b, 200, 4, 2),
     ),
+    Sweep("survivors", "B", ROWS, "S 200, K 4, depth 2", lambda b: inputs.survivors(b, 200, 4, 2)),
     Sweep("select_patch", "S", POOLS, "B 4, K 4, n 2", lambda s: inputs.model_pool(4, s, 4, 2)),
 )
 

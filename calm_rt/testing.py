@@ -147,6 +147,16 @@ def _patch_case(
     )
 
 
+def _survivors_case(pools: int, candidates: int, patch: int, depth: int, **options: Any) -> Case:
+    return Case(
+        "survivors",
+        f"B{pools}-S{candidates}-K{patch}-depth{depth}",
+        lambda: inputs.survivors(pools, candidates, patch, depth),
+        row_dims={"tokens": 0, "kept": 0},
+        **options,
+    )
+
+
 def _mlp_case(name: str, *sizes: int, **options: Any) -> Case:
     gradients = ("x", "norm_weight", "gate", "up", "down")
     make = functools.partial(inputs.gated_mlp, *sizes)
@@ -212,6 +222,9 @@ CASES = (
     _argmax_case("R5-H16-V37", rows=5, size=16, vocabulary=37),
     _argmax_case("R1-H1-V1", rows=1, size=1, vocabulary=1),
     _argmax_case("R33-H70-V4099", rows=33, size=70, vocabulary=4099),
+    _argmax_case(
+        "first-3-R5-H16-V37", inputs.first_argmax, rows=5, size=16, vocabulary=37, count=3
+    ),
     _argmax_case("ties", inputs.ties, rows=9, size=24, vocabulary=300),
     _argmax_case("R800-H512-V128257", benchmark=True, rows=800, size=512, vocabulary=128257),
     _argmax_case(
@@ -304,4 +317,9 @@ CASES = (
     _patch_case(32, 200, 4, 2, inputs.model_pool, benchmark=True),
     _patch_case(1, 1000, 4, 2, inputs.model_pool, benchmark=True),
     _patch_case(32, 1000, 4, 2, inputs.model_pool, benchmark=True),
+    _survivors_case(4, 20, 2, 1),
+    _survivors_case(3, 1, 1, 1),
+    _survivors_case(2, 150, 5, 3),
+    _survivors_case(32, 200, 4, 1, benchmark=True),
+    _survivors_case(32, 1000, 4, 3, benchmark=True),
 )

@@ -230,6 +230,7 @@ MAKERS: dict[str, dict[str, st.SearchStrategy[tuple]]] = {
         ),
         "model_pool": sizes(size(1, 5), size(1, 70), size(0, 5), st.integers(1, 9)),
     },
+    "survivors": {"survivors": sizes(size(1, 5), size(1, 70, 200), size(0, 5), st.integers(0, 5))},
 }
 
 

@@ -71,6 +71,16 @@ def patch_bug(name: str, old: str, new: str, report: str, build: str = "plain") 
     return Bug(name, "select_patch.cu", old, new, report, build)
 
 
+def keys_bug(
+    name: str, old: str, new: str, report: str, build: str = "plain", user: str = "select_patch.cu"
+) -> Bug:
+    return Bug(name, "candidates.cuh", old, new, report, build, user)
+
+
+def survivors_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
+    return Bug(name, "survivors.cu", old, new, report, build)
+
+
 def argmax_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
     return Bug(name, "linear_argmax.cu", old, new, report, build)
 
@@ -126,7 +136,14 @@ HALVES = "  lane < 16 ? __syncthreads() : __syncwarp();\n"
 ROWS = "const int64_t stride ="
 STD = "first + e < p.size ? expf(std[g].value[e])"
 NEXT_STD = "first + e < p.size ? expf(p.log_std[row * p.size + first + e + 1])"
-SAME_PATCH = "!same_patch(tokens + own * p.patch, tokens + s * p.patch, p.patch)"
+SAME_PATCH = "same_patch(tokens + own * patch, tokens + s * patch, depth) &&"
+KEYS_READ = "__syncthreads();  // the keys before these have been read"
+ALIVE_COUNTED = "if (lane == 0) alive_of[warp] = __popc(lanes);\n      __syncthreads();"
+COUNTS_READ = "__syncthreads();  // the counts before these have been read"
+TOTALS_READ = "__syncthreads();  // the last call's sums have been read"
+ALIVE_READ = "own < p.pool && p.alive[number] != 0"
+LIVE_TILE = "if (!p.wanted.has(first_row)) return;"
+LIVE_ROW = "if (!p.wanted.has(row)) return;"
 SUMS_READ = "__syncthreads();  // all cumulative weights are in memory"
 MAXIMA_READ = "__syncthreads();  // the last call's maxima have been read"
 WINNERS_WRITTEN = f"if (lane == 0) winners[warp] = mine;\n{BARRIER}"
@@ -246,7 +263,21 @@ BUGS = (
         "write outside the shared array at",
     ),
     energy_bug("read-past-row", STD, NEXT_STD, "AddressSanitizer", "asan"),
-    patch_bug("keys-are-believed", SAME_PATCH, "false", WRONG),
+    keys_bug("keys-are-believed", SAME_PATCH, "", WRONG),
+    keys_bug("keys-are-believed", SAME_PATCH, "", WRONG, user="survivors.cu"),
+    keys_bug("keys-overwritten", KEYS_READ, "", RACE, "tsan"),
+    survivors_bug("none-is-kept", "exists && own == p.kept[row]", "false", WRONG),
+    survivors_bug("own-pool-before-itself", "b < row ?", "b <= row ?", "Sanitizer", "asan"),
+    survivors_bug("own-lane-before-itself", "(1u << lane) - 1", "(2u << lane) - 1", WRONG),
+    survivors_bug("candidates-beyond-the-last", ALIVE_READ, "p.alive[number]", "Sanitizer", "asan"),
+    survivors_bug("counts-not-waited-for", ALIVE_COUNTED, ALIVE_COUNTED[:-16], RACE, "tsan"),
+    survivors_bug("counts-overwritten", COUNTS_READ, "", RACE, "tsan"),
+    survivors_bug("sums-overwritten", TOTALS_READ, "", RACE, "tsan"),
+    argmax_bug("rows-that-nobody-wants", LIVE_ROW, "", WRONG),
+    groups_bug("rows-that-nobody-wants", LIVE_ROW, "", WRONG),
+    groups_bug("tiles-that-nobody-wants", LIVE_TILE, "", WRONG),
+    groups_bug("a-tile-too-few", LIVE_TILE, LIVE_TILE.replace("first_row", "first_row + 1"), WRONG),
+    warpgroups_bug("tiles-that-nobody-wants", "p.wanted.of(p.num_rows)", "p.num_rows", WRONG),
     patch_bug("sums-not-waited-for", SUMS_READ, "", RACE, "tsan"),
     Bug(
         "maxima-overwritten",

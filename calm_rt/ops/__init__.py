@@ -9,6 +9,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .noise import noise
 from .sample_latents import sample_latents
 from .select_patch import select_patch
+from .survivors import survivors
 
 __all__ = [
     "decode",
@@ -20,4 +21,5 @@ __all__ = [
     "noise",
     "sample_latents",
     "select_patch",
+    "survivors",
 ]

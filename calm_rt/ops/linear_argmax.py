@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from calm_rt import _native, reference
-from calm_rt.ops.check import alike, check, check_device, check_float, check_shape
+from calm_rt.ops.check import alike, check, check_device, check_float, check_int64, check_shape
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -14,13 +14,17 @@ SCREENED = (torch.float32, torch.bfloat16, torch.float16)
 LONGEST = 32768  # kLongestScreened of csrc/kernels/linear_argmax.h
 
 
-def linear_argmax(hidden: Tensor, weight: Tensor, screen: Tensor | None = None) -> Tensor:
+def linear_argmax(
+    hidden: Tensor, weight: Tensor, screen: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
     """id[r] = argmax_v <hidden_r, weight_v>, ties to the lowest id.
 
     hidden: [R, H].
     weight: [V, H], V at least 1.
     screen: what `screen_vocabulary` made of this weight, which then need not be read; the ids are
         the same with it and without. None to round the weight in passing.
+    count: [] int64 on hidden's device: only the first so many rows are wanted, the others get -1
+        and cost next to nothing, without a look by the host. None for all.
     returns: [R] int64; no gradient. The kernel's ids are those of exact arithmetic on the inputs
         on every device, the reference's those of a product rounded to the inputs' type.
     Memory: no [R, V] logits; on the CPU no score at all, [R, H] of 8-bit numbers; on a GPU one
@@ -37,11 +41,18 @@ def linear_argmax(hidden: Tensor, weight: Tensor, screen: Tensor | None = None) 
         check_device(hidden.device, weight=weight)
     if screen is not None:
         check_screen("screen", screen)
+    if count is not None:
+        check_shape("count", count)
+        check_int64("count", count)
+        check_device(hidden.device, count=count)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     hidden, weight = hidden.detach().to(dtype), weight.detach().to(dtype)
     if not _native.use_native("linear_argmax", hidden, dtype, DTYPES):
-        return _native.call_reference(reference.linear_argmax, hidden, weight)
-    return _native.call("linear_argmax", hidden, weight, usable_screen(screen, dtype))
+        ids = _native.call_reference(reference.linear_argmax, hidden, weight)
+        if count is None:
+            return ids
+        return torch.where(torch.arange(len(ids), device=ids.device) < count, ids, -1)
+    return _native.call("linear_argmax", hidden, weight, usable_screen(screen, dtype), count)
 
 
 def screen_vocabulary(weight: Tensor) -> Tensor | None:
@@ -77,7 +88,7 @@ def usable_screen(screen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return screen if dtype in SCREENED else None
 
 
-def _fake(hidden, weight, screen):
+def _fake(hidden, weight, screen, count=None):
     return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
 
 

@@ -78,6 +78,20 @@ struct PanelSizes {
 
 constexpr int64_t kLongestScreened = 32768;  // H up to which whole products fit 32 bits
 
+// How many rows of a launch are wanted, where only the device knows: those before *count, of which `before` belonged to
+// earlier launches. All where count is nullptr.
+struct WantedRows {
+  const int64_t* count = nullptr;  // []
+  int64_t before = 0;
+
+  CALM_HOST_DEVICE int64_t of(int64_t num_rows) const {
+    if (count == nullptr) return num_rows;
+    const int64_t left = *count - before;
+    return left < 0 ? 0 : left < num_rows ? left : num_rows;
+  }
+  CALM_HOST_DEVICE bool has(int64_t row) const { return count == nullptr || row < *count - before; }
+};
+
 template <class T, class S>
 struct RoundRows {
   const T* in;       // [R, H]
@@ -100,6 +114,7 @@ struct ScanScores {
   int64_t num_rows;          // R
   int64_t block;             // N
   int64_t size;              // H
+  WantedRows wanted = {};    // of others best and id stay
 
   // What the library's rounding of a score may amount to, beside `factor` below.
   static constexpr float kRelative = sizeof(S) == 2 ? 1.f / 256 : 1.f / (1 << 20);
@@ -128,6 +143,7 @@ struct BoundGroups {
   int64_t block;             // N
   int64_t size;              // H > 0
   bool exact;
+  WantedRows wanted = {};  // others get no bounds, or any
 
   // Rows must be whole packs of 16 bytes.
   static bool fits(const void* hidden, const void* weight, int64_t size) {
@@ -153,6 +169,7 @@ struct SearchGroups {
   int64_t num_rows;          // R
   int64_t block;             // N
   int64_t size;              // H
+  WantedRows wanted = {};    // of others best and id stay
 };
 
 template <class T>

@@ -11,8 +11,10 @@ namespace calm_rt {
 // bounds take 64 MB.
 constexpr int64_t kGroupedBlock = 32768, kGroupedRows = 16384;
 
-// hidden [R, H], weight [V, H], contiguous -> id [R], and whether the operands were such that this could be done
-inline bool find_argmax_by_groups(Cuda device, const Tensor& hidden, const Tensor& weight, const Tensor& id) {
+// hidden [R, H], weight [V, H], contiguous, count [] of the rows that are wanted or nullptr -> id [R], -1 of the
+// others, and whether the operands were such that this could be done
+inline bool find_argmax_by_groups(Cuda device, const Tensor& hidden, const Tensor& weight, const int64_t* count,
+                                  const Tensor& id) {
   const int64_t num_rows = hidden.size(0), vocabulary = weight.size(0), size = hidden.size(1);
   const bool same = hidden.scalar_type() == ScalarType::BFloat16;
   // new tensors begin at whole packs
@@ -56,7 +58,8 @@ inline bool find_argmax_by_groups(Cuda device, const Tensor& hidden, const Tenso
                            .num_rows = rows,
                            .block = block,
                            .size = size,
-                           .exact = same});
+                           .exact = same,
+                           .wanted = {count, row}});
         launch(device, SearchGroups<T>{.bounds = group_bounds,
                                        .hidden = input<T>(hidden) + row * size,
                                        .weight = weights,
@@ -65,7 +68,8 @@ inline bool find_argmax_by_groups(Cuda device, const Tensor& hidden, const Tenso
                                        .first_id = first,
                                        .num_rows = rows,
                                        .block = block,
-                                       .size = size});
+                                       .size = size,
+                                       .wanted = {count, row}});
       }
     }
   });

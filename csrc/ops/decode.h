@@ -58,7 +58,7 @@ Tensor decode(const Tensor& latents, const Tensor& latent, const Tensor& latent_
         },
         size >= kSharedSize);
   });
-  return torch::stable::view(linear_argmax<Device>(hidden, vocabulary, screen), {num_rows, patch});
+  return torch::stable::view(linear_argmax<Device>(hidden, vocabulary, screen, {}), {num_rows, patch});
 }
 
 }  // namespace calm_rt

@@ -26,29 +26,30 @@ inline bool argmax_by_library() {
 }
 
 inline void find_argmax(Cpu device, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& screen,
-                        const Tensor& id) {
+                        const int64_t* count, const Tensor& id) {
   if (screen) {
     const PanelSizes sizes = panel_sizes(device, weight.size(0), weight.size(1));
     const bool fits = has_shape(*screen, ScalarType::Char, {sizes.num_panels, sizes.panel_bytes});
     STD_TORCH_CHECK(fits && hidden.scalar_type() != ScalarType::Double && screen->is_contiguous(),
                     "linear_argmax: screen must be what screen_vocabulary made of this weight on this processor");
   }
+  if (count != nullptr) torch::stable::fill_(id, -1);
   dispatch<Cpu>(hidden.scalar_type(), "linear_argmax", [&](auto element) {
     using T = decltype(element);
     launch(device, LinearArgmax<T>{.hidden = input<T>(hidden),
                                    .weight = input<T>(weight),
                                    .id = output<int64_t>(id),
                                    .panels = screen ? screen->const_data_ptr() : nullptr,
-                                   .num_rows = hidden.size(0),
+                                   .num_rows = WantedRows{count}.of(hidden.size(0)),
                                    .vocabulary = weight.size(0),
                                    .size = hidden.size(1)});
   });
 }
 
 inline void find_argmax(Cuda device, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& screen,
-                        const Tensor& id) {
+                        const int64_t* count, const Tensor& id) {
   STD_TORCH_CHECK(!screen, "linear_argmax: on a GPU there is no screen");
-  if (!argmax_by_library() && find_argmax_by_groups(device, hidden, weight, id)) return;
+  if (!argmax_by_library() && find_argmax_by_groups(device, hidden, weight, count, id)) return;
   using S = bfloat16;  // the type that the library multiplies fastest
   const int64_t num_rows = hidden.size(0), vocabulary = weight.size(0), size = hidden.size(1);
   const ScalarType rounded = ScalarType::BFloat16;
@@ -91,23 +92,29 @@ inline void find_argmax(Cuda device, const Tensor& hidden, const Tensor& weight,
                                         .first_id = first,
                                         .num_rows = rows,
                                         .block = block,
-                                        .size = size});
+                                        .size = size,
+                                        .wanted = {count, row}});
       }
     }
   });
 }
 
-// hidden [R, H], weight [V, H] of one dtype, what screen_vocabulary made of the weight -> [R] int64
+// hidden [R, H], weight [V, H] of one dtype, what screen_vocabulary made of the weight, count [] int64 of the rows that
+// are wanted -> [R] int64, -1 of the others
 template <class Device>
-Tensor linear_argmax(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> screen) {
+Tensor linear_argmax(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> screen,
+                     std::optional<Tensor> count) {
   STD_TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && weight.size(0) > 0,
                   "linear_argmax: hidden must be [R, H] and weight [V, H] with V > 0");
   STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "linear_argmax: hidden and weight must have one dtype");
+  STD_TORCH_CHECK(!count || (count->numel() == 1 && count->scalar_type() == ScalarType::Long),
+                  "linear_argmax: count must be one int64");
   Guard<Device> guard(hidden);
   Tensor id = allocate(hidden, {hidden.size(0)}, ScalarType::Long);
   if (screen) guard.checked(*screen);
   if (hidden.size(0) > 0) {
-    find_argmax(guard.device(), guard.contiguous(hidden), guard.contiguous(weight), screen, id);
+    find_argmax(guard.device(), guard.contiguous(hidden), guard.contiguous(weight), screen,
+                count ? input<int64_t>(guard.checked(*count)) : nullptr, id);
   }
   return id;
 }

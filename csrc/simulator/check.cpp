@@ -82,6 +82,7 @@ int main(int argc, char** argv) {
       {"noise", check_noise},
       {"sample_latents", check_sample_latents},
       {"select_patch", check_select_patch},
+      {"survivors", check_survivors},
   };
   int checked = 0;
   try {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/types.h"
@@ -23,6 +24,8 @@ float random_value();  // in [-1, 1)
 // Element `position` of a row by the formula, in double.
 double reference_noise(bool normal, int64_t seed, int64_t row, int64_t draw, int64_t position, uint32_t stream);
 
+std::pair<int64_t, int64_t> tokens_of_one_key();  // that a pool's 32-bit keys do not tell apart
+
 // ---- one a kernel file ----
 
 void check_argmax_groups();
@@ -35,6 +38,7 @@ void check_linear_cross_entropy();
 void check_noise();
 void check_sample_latents();
 void check_select_patch();
+void check_survivors();
 
 // ---- element types ----
 

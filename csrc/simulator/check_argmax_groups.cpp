@@ -28,7 +28,8 @@ struct Rounded {
 
 // Entries first ... first + count - 1.
 template <class T>
-std::vector<GroupBound> bound_groups(const Operands<T>& x, const Rounded<T>& rounded, int64_t first, int64_t count) {
+std::vector<GroupBound> bound_groups(const Operands<T>& x, const Rounded<T>& rounded, int64_t first, int64_t count,
+                                     const WantedRows& wanted = {}) {
   std::vector<GroupBound> bounds(x.sizes.rows * num_groups(count), {NAN, NAN});
   launch(Cuda{}, BoundGroups{.hidden = rounded.hidden.data(),
                              .weight = rounded.weight.data() + first * x.sizes.size,
@@ -38,7 +39,8 @@ std::vector<GroupBound> bound_groups(const Operands<T>& x, const Rounded<T>& rou
                              .num_rows = x.sizes.rows,
                              .block = count,
                              .size = x.sizes.size,
-                             .exact = std::is_same_v<T, bfloat16>});
+                             .exact = std::is_same_v<T, bfloat16>,
+                             .wanted = wanted});
   return bounds;
 }
 
@@ -104,6 +106,40 @@ void check_bounds(const Operands<T>& x) {
   }
 }
 
+// The first rows are those of a launch of all; tiles of rows behind them, and their ids, are as they were.
+template <class T>
+void check_wanted(const Operands<T>& x, int64_t tile) {
+  const auto [rows, entries, size, block] = x.sizes;
+  const Rounded<T> rounded(x);
+  const std::vector<GroupBound> whole = bound_groups(x, rounded, 0, entries);
+  const std::vector<int64_t> expected = exact_ids(x);
+  for (const int64_t wanted : {int64_t{-3}, int64_t{0}, int64_t{1}, tile, tile + 1, rows, int64_t{1} << 40}) {
+    const int64_t count = wanted + 5, live = std::clamp<int64_t>(wanted, 0, rows), groups = num_groups(entries);
+    const std::vector<GroupBound> bounds = bound_groups(x, rounded, 0, entries, {&count, 5});
+    std::vector<double> best(rows, NAN);
+    std::vector<int64_t> id(rows, -1);
+    launch(Cuda{}, SearchGroups<T>{.bounds = whole.data(),
+                                   .hidden = x.hidden.data(),
+                                   .weight = x.weight.data(),
+                                   .best = best.data(),
+                                   .id = id.data(),
+                                   .first_id = 0,
+                                   .num_rows = rows,
+                                   .block = entries,
+                                   .size = size,
+                                   .wanted = {&count, 5}});
+    for (int64_t r = 0; r < rows; ++r) {
+      check(id[r] == (r < live ? expected[r] : -1), "wanted id", "search_groups", r, static_cast<double>(id[r]), -1);
+      for (int64_t g = r * groups; g < (r + 1) * groups; ++g) {
+        const bool same = std::memcmp(&bounds[g], &whole[g], sizeof bounds[g]) == 0;
+        check(r >= live || same, "wanted", "bound_groups", g, bounds[g].largest, whole[g].largest);
+        const bool spared = r >= (live + tile - 1) / tile * tile;
+        check(!spared || std::isnan(bounds[g].largest), "spared", "bound_groups", g, bounds[g].largest, NAN);
+      }
+    }
+  }
+}
+
 // Both operands lose as much as rounding may take, all in the same direction; with an entry that goes the other way.
 Operands<float> worst_rounding(const Sizes& sizes) {
   const float down = 1 + 0x1.fep-9f, up = 1 + 0x1.02p-8f;  // just below and above half a step of bfloat16
@@ -149,6 +185,7 @@ void check_argmax_warpgroups() {
   check_operands(random_operands<half>({66, 301, 40, 77}));
   each_special<bfloat16>({66, 70, 8}, [](const Operands<bfloat16>& x) { check_operands(x); });
   check_operands(near_ties<float>({66, 90, 16}));
+  check_wanted(random_operands<bfloat16>({300, 300, 8}), 128);
   simulator::set_capability(80);
 }
 
@@ -158,6 +195,7 @@ void check_argmax_groups() {
   check_type<half>();
   check_bounds(worst_rounding({2, 130, 64}));
   check_bounds(parallel({40, 64, 8}));
+  check_wanted(random_operands<float>({520, 70, 8}), 256);
   for (const float scale : {1e19f, 1e-19f, 1e-22f}) {  // beyond a float's largest, and products that underflow
     Operands<float> x = random_operands<float>({3, 70, 40, 32});
     for (float& value : x.hidden) value *= scale;

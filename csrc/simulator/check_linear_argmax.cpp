@@ -6,7 +6,7 @@ namespace {
 
 // The screen moves every score by half of what it may, against the entry that ought to win and for the others.
 template <class T>
-std::vector<int64_t> scan(const Operands<T>& x, const std::vector<int64_t>& winner) {
+std::vector<int64_t> scan(const Operands<T>& x, const std::vector<int64_t>& winner, const WantedRows& wanted = {}) {
   const auto [rows, entries, size, block] = x.sizes;
   std::vector<float> hidden_norm(rows, NAN), weight_norm(entries, NAN);
   const std::vector<bfloat16> hidden = round_rows(x.hidden, size, hidden_norm);
@@ -38,7 +38,8 @@ std::vector<int64_t> scan(const Operands<T>& x, const std::vector<int64_t>& winn
                                            .first_id = first,
                                            .num_rows = rows,
                                            .block = count,
-                                           .size = size});
+                                           .size = size,
+                                           .wanted = wanted});
   }
   check_best(x, best, id, "scan_scores");
   return id;
@@ -60,6 +61,18 @@ void check_type() {
   check(near_ties<T>({2, 90, 16, 40}));
 }
 
+void check_wanted() {
+  const Operands<float> x = random_operands<float>({4, 300, 24, 64});
+  const std::vector<int64_t> expected = exact_ids(x);
+  for (const int64_t count : {7, 9, 11}) {  // of which seven were in earlier launches
+    const std::vector<int64_t> id = scan(x, expected, {&count, 7});
+    for (int64_t r = 0; r < 4; ++r) {
+      const int64_t wanted = r < count - 7 ? expected[r] : -1;
+      check(id[r] == wanted, "wanted", "scan_scores", r, static_cast<double>(id[r]), static_cast<double>(wanted));
+    }
+  }
+}
+
 // Scores far beyond a float's largest, and so small that their products underflow.
 void check_range() {
   for (const float scale : {1e19f, 1e-19f, 1e-22f}) {
@@ -77,6 +90,7 @@ void check_linear_argmax() {
   check_type<bfloat16>();
   check_type<half>();
   check_range();
+  check_wanted();
   Operands<bfloat16> two_nan = random_operands<bfloat16>({1, 2056, 2});
   for (int64_t entry : {40, 2048}) two_nan.weight[entry * 2] = convert<bfloat16>(NAN);  // the second is met first
   check_operands(two_nan);

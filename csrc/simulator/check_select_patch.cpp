@@ -67,17 +67,21 @@ void check_random_pools(int64_t rows, int64_t pool, int64_t patch, int64_t n, in
 
 // Two patches that share their key and are not equal, in turn.
 void check_one_key() {
-  std::unordered_map<uint32_t, int64_t> seen;
-  int64_t token = 0;
-  auto key = [&] { return static_cast<uint32_t>(patch_hash(&token, 1)); };
-  while (seen.emplace(key(), token).second) ++token;
-  const int64_t other = seen[key()];
+  const auto [token, other] = tokens_of_one_key();
   std::vector<int64_t> tokens;
   for (int64_t r = 0; r < 8; ++r) tokens.insert(tokens.end(), {token, other, token, other, token});
   check_pools(tokens, 8, 5, 1, 1);
 }
 
 }  // namespace
+
+std::pair<int64_t, int64_t> tokens_of_one_key() {
+  std::unordered_map<uint32_t, int64_t> seen;
+  int64_t token = 0;
+  auto key = [&] { return static_cast<uint32_t>(patch_hash(&token, 1)); };
+  while (seen.emplace(key(), token).second) ++token;
+  return {token, seen[key()]};
+}
 
 void check_select_patch() {
   check_random_pools(6, 1, 1, 3, 9);

@@ -12,6 +12,7 @@
 #include "ops/sample_latents.h"
 #include "ops/sample_latents_backward.h"
 #include "ops/select_patch.h"
+#include "ops/survivors.h"
 #include "simulator/simulator.h"
 
 namespace calm_rt {
@@ -49,6 +50,7 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
       "products, Tensor stream, Tensor contexts, float eps, bool need_grad_weights) -> (Tensor grad_hidden, Tensor[] "
       "grad_weights)");
   m.def("select_patch(Tensor tokens, Tensor seed, Tensor rows, int n) -> Tensor");
+  m.def("survivors(Tensor tokens, Tensor kept, int depth) -> (Tensor order, Tensor count)");
   m.def(
       "gated_mlp(Tensor x, Tensor norm_weight, Tensor gate, Tensor up, Tensor down, float eps, bool keep_products) -> "
       "(Tensor out, Tensor gate_product, Tensor up_product)");
@@ -56,7 +58,7 @@ STABLE_TORCH_LIBRARY(calm_rt_simulator, m) {
       "gated_mlp_backward(Tensor grad_out, Tensor grad_product, Tensor x, Tensor norm_weight, Tensor gate, Tensor up, "
       "Tensor down, Tensor gate_product, Tensor up_product, float eps, bool need_grad_matrices) -> (Tensor grad_x, "
       "Tensor grad_norm_weight, Tensor grad_gate, Tensor grad_up, Tensor grad_down)");
-  m.def("linear_argmax(Tensor hidden, Tensor weight, Tensor? screen) -> Tensor");
+  m.def("linear_argmax(Tensor hidden, Tensor weight, Tensor? screen, Tensor? count=None) -> Tensor");
   m.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor? scale, int ignore_index, "
       "int max_workspace_bytes, bool need_grad_hidden, bool need_grad_weight, bool keep_grad_logits) -> (Tensor total, "
@@ -81,6 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(calm_rt_simulator, CPU, m) {
   m.impl("sample_latents", TORCH_BOX(&calm_rt::sample_latents<calm_rt::Cuda>));
   m.impl("sample_latents_backward", TORCH_BOX(&calm_rt::sample_latents_backward<calm_rt::Cuda>));
   m.impl("select_patch", TORCH_BOX(&calm_rt::select_patch<calm_rt::Cuda>));
+  m.impl("survivors", TORCH_BOX(&calm_rt::survivors<calm_rt::Cuda>));
   m.impl("linear_argmax", TORCH_BOX(&calm_rt::linear_argmax<calm_rt::Cuda>));
   m.impl("linear_cross_entropy", TORCH_BOX(&calm_rt::linear_cross_entropy<calm_rt::Cuda>));
   m.impl("linear_cross_entropy_backward", TORCH_BOX(&calm_rt::linear_cross_entropy_backward<calm_rt::Cuda>));

@@ -162,6 +162,7 @@ inline uint32_t __ballot_sync(uint32_t mask, bool value, std::source_location si
 
 // 1 for the lowest bit
 inline int __ffs(int word) { return __builtin_ffs(word); }
+inline int __popc(uint32_t word) { return __builtin_popcount(word); }
 
 using std::max;
 using std::min;

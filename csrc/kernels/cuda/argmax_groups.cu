@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(BANDS * 2 * kWarpSize, 1)
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int band = warp / 2 * kBand, half = warp % 2 * kGroup;  // the warp's rows and entries
   const int64_t first_row = static_cast<int64_t>(blockIdx.x % num_row_blocks) * BANDS * kBand;
+  if (!p.wanted.has(first_row)) return;
   const int64_t first_tile = static_cast<int64_t>(blockIdx.x / num_row_blocks) * kBlockTiles;
   const int64_t num_tiles = min((p.block + kTile - 1) / kTile - first_tile, static_cast<int64_t>(kBlockTiles));
   const int slices = static_cast<int>((p.size + kSlice - 1) / kSlice), steps = static_cast<int>(num_tiles) * slices;
@@ -120,14 +121,16 @@ __global__ void __launch_bounds__(BANDS * 2 * kWarpSize, 1)
 }
 
 constexpr int kSearchThreads = 128;
+constexpr int kSearchBlocks = 4;                // whose registers fit; with five, sm_90a's spill
 constexpr int kHeld = 4;                        // groups of a thread
 constexpr int kPanel = kSearchThreads * kHeld;  // groups that a block takes at a time
 constexpr int kAtOnce = 4;                      // entries of a group that half a warp computes together
 
 template <class T>
-__global__ void __launch_bounds__(kSearchThreads) search_groups_kernel(SearchGroups<T> p) {
+__global__ void __launch_bounds__(kSearchThreads, kSearchBlocks) search_groups_kernel(SearchGroups<T> p) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t row = blockIdx.x, groups = num_groups(p.block);
+  if (!p.wanted.has(row)) return;
   const T* hidden = p.hidden + row * p.size;
   const int size = static_cast<int>(p.size);
   Winner winner{p.best[row], p.id[row]};

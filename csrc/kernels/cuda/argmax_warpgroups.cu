@@ -38,7 +38,7 @@ struct Place {
 
 __global__ void __launch_bounds__(kThreads, 1)
     bound_groups_wgmma_kernel(const __grid_constant__ BoxMap hidden, const __grid_constant__ BoxMap weight,
-                              BoundGroups p, float factor, int num_row_tiles, int num_tiles) {
+                              BoundGroups p, float factor, int num_entry_tiles) {
   if constexpr (kHasBulk) {
     CALM_DYNAMIC_SHARED(shared);
     CALM_SHARED(uint64_t, full, kStages);
@@ -46,6 +46,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     bfloat16* ring = reinterpret_cast<bfloat16*>(shared + (-shared_address(shared) & (kBoxAlignment - 1)));
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int slices = static_cast<int>((p.size + kBoxColumns - 1) / kBoxColumns);
+    const int num_row_tiles = static_cast<int>((p.wanted.of(p.num_rows) + kTileRows - 1) / kTileRows);
+    const int num_tiles = num_row_tiles * num_entry_tiles;
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(&full[stage], 1);
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 bool launch_warpgroups(Cuda device, const BoundGroups& p) {
   const Chip chip = current_chip();
   const int64_t row_tiles = (p.num_rows + kTileRows - 1) / kTileRows;
-  const int64_t tiles = row_tiles * ((p.block + kTileEntries - 1) / kTileEntries);
+  const int64_t entry_tiles = (p.block + kTileEntries - 1) / kTileEntries, tiles = row_tiles * entry_tiles;
   BoxMap hidden, weight;
   constexpr int64_t kMost = INT32_MAX - kTileEntries;  // what the copy engine counts with
   const bool possible = chip.capability == 90 && has_bulk_code(bound_groups_wgmma_kernel) && p.num_rows <= kMost &&
@@ -124,7 +126,7 @@ bool launch_warpgroups(Cuda device, const BoundGroups& p) {
   if (possible) {
     launch_shared_kernel("bound_groups_wgmma_kernel", bound_groups_wgmma_kernel,
                          grid_size(tiles, 1, chip.multiprocessors), kThreads, kSharedBytes, device, hidden, weight, p,
-                         p.factor(), static_cast<int>(row_tiles), static_cast<int>(tiles));
+                         p.factor(), static_cast<int>(entry_tiles));
   }
   return possible;
 }

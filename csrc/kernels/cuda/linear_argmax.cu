@@ -133,6 +133,7 @@ template <class T, class S, bool PACKED>
 __global__ void __launch_bounds__(kThreads, kScanBlocks) scan_scores_kernel(ScanScores<T, S> p, float factor) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t row = blockIdx.x;
+  if (!p.wanted.has(row)) return;
   Winner winner{p.best[row], p.id[row]};
   for (int64_t first = 0; first < p.block; first += kPanel) {
     const Panel<PACKED> panel{.scores = p.scores + row * p.block + first,

@@ -1,45 +1,16 @@
 // Choice of a patch on the GPU: one block a pool, one thread a candidate.
 //
-// Each candidate is compared with all others through 32-bit keys in shared memory, 4 bytes a candidate whatever K is;
-// tokens are read again only where keys agree. A candidate that an earlier one equals stops there and weighs nothing.
+// Each candidate counts its copies (candidates.cuh); one that an earlier one equals stops there and weighs nothing.
 // Weights are made in parallel and added up by one thread, in the order of candidates, as on the CPU.
 #include "common/philox.h"
-#include "kernels/cuda/primitives.cuh"
+#include "kernels/cuda/candidates.cuh"
 #include "kernels/select_patch.h"
 
 namespace calm_rt {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kTile = 4096;  // candidates whose keys are in shared memory at once
 constexpr int64_t kMaxBlocks = 1 << 14;
-
-using Keys = Pack<uint32_t, kFour>;  // of four candidates
-
-__device__ __forceinline__ uint32_t patch_key(const int64_t* tokens, int64_t patch) {
-  return static_cast<uint32_t>(patch_hash(tokens, patch));
-}
-
-// The copies of candidate `own` among itself and the candidates tile ... tile + kTile - 1, on top of `count`; 0 if one
-// of them stands before it.
-__device__ __forceinline__ int64_t count_copies(const SelectPatch& p, const int64_t* tokens, int64_t own, uint32_t key,
-                                                const Keys* keys, int64_t tile, int64_t count) {
-  const int packs = static_cast<int>((min(p.pool - tile, static_cast<int64_t>(kTile)) + kFour - 1) / kFour);
-  for (int i = 0; i < packs; ++i) {
-    bool any = false;
-#pragma unroll
-    for (int e = 0; e < kFour; ++e) any |= keys[i].value[e] == key;
-    if (!any) continue;
-    for (int e = 0; e < kFour; ++e) {
-      const int64_t s = tile + i * kFour + e;
-      if (keys[i].value[e] != key || s >= p.pool || s == own) continue;
-      if (!same_patch(tokens + own * p.patch, tokens + s * p.patch, p.patch)) continue;
-      if (s < own) return 0;
-      ++count;
-    }
-  }
-  return count;
-}
 
 // The largest value of any thread, known to all.
 __device__ __forceinline__ int64_t block_max(int64_t value) {
@@ -57,27 +28,24 @@ __device__ __forceinline__ int64_t block_max(int64_t value) {
 }
 
 __global__ void __launch_bounds__(kThreads, 2) select_patch_kernel(SelectPatch p) {
-  CALM_SHARED(Keys, keys, (kTile / kFour));
+  CALM_SHARED(Keys, keys, (kKeyTile / kFour));
   CALM_SHARED(double, weights, kThreads);  // of a candidate a thread, then cumulative
   CALM_SHARED(double, total, 1);
   for (int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
-    const int64_t* tokens = p.tokens + row * p.pool * p.patch;  // [S, K]
-    double* cumulative = p.workspace + row * p.pool;            // [S], counts at first
+    const Candidates candidates{p.tokens + row * p.pool * p.patch, p.pool, p.patch, p.patch};
+    double* cumulative = p.workspace + row * p.pool;  // [S], counts at first
     int64_t most = 0;
     for (int64_t begin = 0; begin < p.pool; begin += kThreads) {
       const int64_t own = begin + threadIdx.x;
-      const uint32_t key = own < p.pool ? patch_key(tokens + own * p.patch, p.patch) : 0;
+      const uint32_t key = own < p.pool ? candidates.key(own) : 0;
       int64_t count = own < p.pool ? 1 : 0;
-      for (int64_t tile = 0; tile < p.pool; tile += kTile) {
-        if (begin == 0 || p.pool > kTile) {
-          __syncthreads();  // the keys before these have been read
-          for (int64_t s = threadIdx.x; s < kTile; s += kThreads) {
-            const bool exists = tile + s < p.pool;
-            keys[s / kFour].value[s % kFour] = exists ? patch_key(tokens + (tile + s) * p.patch, p.patch) : 0;
-          }
-          __syncthreads();
-        }
-        if (count > 0) count = count_copies(p, tokens, own, key, keys, tile, count);
+      for (int64_t tile = 0; tile < p.pool; tile += kKeyTile) {
+        if (begin == 0 || p.pool > kKeyTile) candidates.load_keys<kThreads>(keys, tile);
+        if (count == 0) continue;
+        candidates.each_copy(own, key, keys, tile, [&](int64_t s) {
+          count = s < own ? 0 : count + 1;
+          return s > own;
+        });
       }
       if (own < p.pool) cumulative[own] = static_cast<double>(count);
       most = max(most, count);
