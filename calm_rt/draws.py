@@ -59,14 +59,15 @@ class Draws:
         """Multiplications that searching the vocabulary for `count` whole patches each takes."""
         return len(self.rows) * count * self.patch_size * self._weights.vocabulary.numel()
 
-    def decode(self, states: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    def decode(self, states: Tensor, rows: Sequence[Tensor], count: Tensor | None = None) -> Tensor:
         """The tokens in chosen slots.
 
         states: [N, H], of `draw`.
         rows: for each of the K slots the rows of states that are wanted, [N_k] int64.
-        returns: [N_0 + N_1 + ...] int64, slot after slot.
+        count: [] int64, only the first so many are wanted; None for all.
+        returns: [N_0 + N_1 + ...] int64, slot after slot, -1 of what is not wanted.
         """
-        return decode_slots(states, rows, self._weights, eps=self._eps)
+        return decode_slots(states, rows, self._weights, eps=self._eps, count=count)
 
     def key(self, number: int) -> Tensor:
         """The key of a round, [] int64."""

@@ -126,8 +126,7 @@ class Pools:
         share = min(1, count / self._last_split) if self._last_split else FIRST_SHARE
         self._last_split = count
         slots = len(self.tokens) - int(self.depth[chosen].min())
-        spared = slots - sum(share**passes for passes in range(slots))
-        return count * spared <= PASS_ROWS[chosen.device.type] * (slots - 1)
+        return cheaper_at_once(count, slots, chosen.device.type, share)
 
     def _split_by(self, slot: int, members: Tensor) -> None:
         """members: [N] int64, places in [B S]."""
@@ -142,6 +141,49 @@ class Pools:
     def _count_alive(self) -> None:
         """Lets the candidates that take part be one group, of which nothing is known."""
         self.count = torch.where(self.alive, self.alive.sum(1, keepdim=True), 0)  # [B, S]
+
+
+def cheaper_at_once(count: int, slots: int, device: str, share: float = FIRST_SHARE) -> bool:
+    """Whether `slots` passes over the vocabulary cost more than the tokens that they would spare.
+
+    count: candidates, of which each pass leaves a share.
+    """
+    spared = slots - sum(share**passes for passes in range(slots))
+    return count * spared <= PASS_ROWS[device] * (slots - 1)
+
+
+def draw_blindly(draws: Draws, number: int, count: int) -> Tensor:
+    """The first `count` draws of a round, decoded whole or as far as `decode_blindly` does,
+    whichever should cost less.  returns: [B, count, K] int64."""
+    if cheaper_at_once(len(draws.rows) * count, draws.patch_size, draws.rows.device.type):
+        return draws.whole_patches(number, count)
+    return decode_blindly(draws, draws.draw(number, count))
+
+
+def decode_blindly(draws: Draws, states: Tensor) -> Tensor:
+    """Pools decoded slot by slot as far as their choice depends on it, without a look by the host.
+
+    A patch that no other candidate has competes at level 1 only, where all candidates weigh alike:
+    so beside those that share all tokens so far with another, one a pool is decoded, which is then
+    the choice. The others differ from all in what is known. (`vote`, at n > 2, spares more.)
+
+    states: [B, S, H], what `draws` decodes tokens from.
+    returns: [B, S, K] int64, of which `ops.select_patch` at n >= 2 and tuples choose as of the
+        whole pools; -1 where nothing was decoded.
+    """
+    (num_pools, size), patch, device = states.shape[:2], draws.patch_size, states.device
+    states = states.flatten(0, 1)
+    order, count = torch.arange(num_pools * size, device=device), None  # [B S]
+    tokens = torch.full((len(order), patch), -1, device=device)  # [B S, K]
+    kept = (draws.choice() * size).long()  # [B]
+    for slot in range(patch):
+        if slot:
+            known = tokens.unflatten(0, (num_pools, size))
+            order, count = ops.survivors(known, kept, depth=slot)
+        rows = [order[:0]] * patch
+        rows[slot] = order
+        tokens[:, slot].index_copy_(0, order, draws.decode(states, rows, count))
+    return tokens.unflatten(0, (num_pools, size))
 
 
 def settle(pools: Pools, n: int) -> None:

@@ -1,14 +1,14 @@
 """Steps of a batch without a look by the host: on a GPU, replays of one CUDA graph.
 
-Such a step draws whole pools, for what a lazy pool spares it decides by looking. The choice is the
-same, bit for bit.
+The choice is that of the steps that look, bit for bit; a lazy pool spares less where nobody looks
+(`calm_rt.pool.decode_blindly`).
 """
 
 import torch
 from torch import Tensor
 
 from calm_rt.nn import Calm, KVCache
-from calm_rt.sampling import parse_temperature, sample_whole
+from calm_rt.sampling import parse_temperature, sample_blindly
 from calm_rt.sequence import Sampling
 
 
@@ -61,7 +61,7 @@ class Steps:
         # full where a sequence has ended for another reason
         cache.lengths.add_(going).clamp_(max=cache.max_patches)
         settings = (self._temperature, self._num_candidates, self._seed, self._rows)
-        patch = sample_whole(self._model, hidden, *settings)  # [B, K]
+        patch = sample_blindly(self._model, hidden, *settings)  # [B, K]
         finite = hidden.isfinite().all(-1)  # [B]
         drawn = torch.cat([patch, finite[:, None], going[:, None]], 1)
         self._drawn.index_copy_(0, self._step, drawn[None])

@@ -29,7 +29,7 @@ from calm_rt.ops.check import (
     may_look,
     seed_and_rows,
 )
-from calm_rt.pool import vote
+from calm_rt.pool import draw_blindly, vote
 from calm_rt.rejection import LARGEST_ROUND, BudgetError, reject
 from calm_rt.tuples import Tuples, take_tuples
 
@@ -151,7 +151,7 @@ def sample_patches(
         _check_prefix(model, hidden, prefix)
     seed, rows = seed_and_rows(seed, rows, len(hidden), hidden.device)
     if temperature == 1 and prefix is None:
-        patches = sample_whole(model, hidden, temperature, 1, seed, rows)
+        patches = sample_blindly(model, hidden, temperature, 1, seed, rows)
         one, none = torch.ones_like(rows), torch.zeros_like(rows)
         return PatchSample(
             patches=patches,
@@ -180,7 +180,7 @@ def sample_patches(
     return PatchSample(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def sample_whole(
+def sample_blindly(
     model: Calm,
     hidden: Tensor,
     temperature: Fraction,
@@ -188,7 +188,7 @@ def sample_whole(
     seed: Tensor,
     rows: Tensor,
 ) -> Tensor:
-    """What `sample_patches` draws at T = 1 or by pools, decoded whole: nothing waits for the host.
+    """What `sample_patches` draws at T = 1 or by pools: nothing waits for the host.
 
     hidden: [B, H].  temperature: of parse_temperature.  seed: [] int64.  rows: [B] int64.
     returns: [B, K] int64.
@@ -201,7 +201,9 @@ def sample_whole(
     for some_hidden, some_rows in parts:
         draws = Draws(model, some_hidden, seed, some_rows)
         tuples = take_tuples(draws, n, num_candidates)
-        patches.append(_choose(draws, draws.whole_patches(0, num_candidates), n, tuples)[0])
+        spares = not decodes_whole(draws, num_candidates)
+        pool = (draw_blindly if spares else Draws.whole_patches)(draws, 0, num_candidates)
+        patches.append(_choose(draws, pool, n, tuples)[0])
     return torch.cat(patches)
 
 

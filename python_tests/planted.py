@@ -43,10 +43,13 @@ class PlantedDraws(Draws):
     def search_size(self, count: int) -> int:
         return self.size_of_search
 
-    def decode(self, states: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        self.decoded += sum(map(len, rows))
+    def decode(self, states: Tensor, rows: Sequence[Tensor], count: Tensor | None = None) -> Tensor:
+        self.decoded = self.decoded + (sum(map(len, rows)) if count is None else count)
         self.passes += 1
-        return torch.cat([states[of_slot, slot] for slot, of_slot in enumerate(rows)])
+        tokens = torch.cat([states[of_slot, slot] for slot, of_slot in enumerate(rows)])
+        return (
+            tokens if count is None else torch.where(torch.arange(len(tokens)) < count, tokens, -1)
+        )
 
 
 def planted_pools(tokens: Tensor, seed: int, rows: Tensor) -> PlantedDraws:

@@ -9,12 +9,14 @@ import torch
 from planted import PlantedDraws, planted_pools
 from scipy import stats
 from test_reference import FALSE_ALARM, distribution
+from test_replay import NoLook
 from torch import Tensor
 
 from calm_rt import ops, pool
-from calm_rt.pool import Pools, vote
+from calm_rt.pool import Pools, decode_blindly, vote
 from calm_rt.sampling import sample_from_pool
 from calm_rt.threads import restored_threads
+from calm_rt.tuples import Tuples
 
 # pools, candidates, kinds of token in each slot: from one patch to no repeat, groups of every size
 POOLS = [
@@ -75,6 +77,26 @@ def test_equals_select_patch_on_the_decoded_pool(sizes, n: int, price: int) -> N
     assert draws.decoded == got.slots.sum() <= tokens.numel()
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 2000])
+@pytest.mark.parametrize("sizes", POOLS, ids=lambda sizes: "B{}-S{}-kinds{}".format(*sizes))
+def test_a_pool_that_nobody_looks_at_equals_the_decoded_pool(sizes, n: int) -> None:
+    """Choices and tuples are those of the decoded pool, and found without a look by the host."""
+    tokens, rows = random_pools(*sizes, seed=n), row_ids(sizes[0])
+    draws = planted_pools(tokens, n, rows)
+    with NoLook():
+        known = decode_blindly(draws, tokens)
+    got = ops.select_patch(known, n=n, seed=n, rows=rows)
+    assert torch.equal(got, ops.select_patch(tokens, n=n, seed=n, rows=rows))
+    chosen = torch.arange(sizes[0]), got
+    assert torch.equal(known[chosen], tokens[chosen])
+    candidates = draws.places(0, 4, n).mul(sizes[1]).long()  # [B, T, n]
+    tuples = Tuples(candidates, sizes[1])
+    assert torch.equal(tuples.equal(known), tuples.equal(tokens))
+    found, equal = tuples.find(known)
+    chosen = found.nonzero().squeeze(1), equal[found]
+    assert torch.equal(known[chosen], tokens[chosen])
+
+
 def test_a_pool_without_repeats_is_decoded_in_one_slot(price: int) -> None:
     """And its choice in all; what costs more than a pass is not decoded slot by slot."""
     tokens = torch.arange(3 * 200 * 4).view(3, 200, 4)
@@ -100,6 +122,9 @@ def test_only_what_can_compete_is_decoded(sizes, price: int) -> None:
         holders = (earlier[:, :, None] == earlier[:, None]).all(-1).sum(-1)  # [B, S]
         expected += ((holders >= 2) | lone).sum(1)
     assert torch.equal(vote(draws, tokens, 2).slots, expected)
+    draws = planted_pools(tokens, 1, rows)
+    decode_blindly(draws, tokens)
+    assert draws.decoded == expected.sum()
 
 
 @pytest.mark.parametrize("n", [2, 2000])

@@ -8,7 +8,8 @@ from test_engine import MANY, model, poisoned  # noqa: F401
 from test_generation import build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calm_rt import engine, generation
+from calm_rt import engine, generation, pool, sampling
+from calm_rt.draws import Draws
 from calm_rt.generation import Generator
 from calm_rt.nn import KVCache
 from calm_rt.replay import Steps
@@ -41,6 +42,16 @@ class NoLook(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+@pytest.fixture(params=["whole", "lazy"])
+def pools(request, monkeypatch):
+    """Small ones are decoded whole, unless nothing is said to be gained by that."""
+    if request.param == "lazy":
+        monkeypatch.setattr(sampling, "WHOLE_SEARCH", 0)
+        for device in ("cpu", "cuda"):
+            monkeypatch.setitem(pool.PASS_ROWS, device, -1)
+    return request.param
+
+
 def check_texts(model, steps, temperature, **single):  # noqa: F811
     """single: options of what takes single steps."""
     expected = Generator(model, **single).generate(MANY, temperature=temperature, **SETTINGS)
@@ -54,13 +65,13 @@ def check_texts(model, steps, temperature, **single):  # noqa: F811
 
 @pytest.mark.parametrize("temperature", [1, "1/2", 0])
 @pytest.mark.parametrize("steps", [2, 5, 100])
-def test_texts_are_those_of_single_steps(model, steps, temperature):  # noqa: F811
+def test_texts_are_those_of_single_steps(model, pools, steps, temperature):  # noqa: F811
     check_texts(model, steps, temperature)
 
 
 @needs_cuda
 @pytest.mark.parametrize("temperature", [1, "1/2", 0])
-def test_cuda_texts_are_those_of_single_steps(model, temperature):  # noqa: F811
+def test_cuda_texts_are_those_of_single_steps(model, pools, temperature):  # noqa: F811
     """In batches of one size, for a row's rounding depends on it there."""
     check_texts(copy.deepcopy(model).to("cuda"), 5, temperature, max_batch_size=3)
 
@@ -111,17 +122,19 @@ def test_several_steps_are_run_at_once(model, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("temperature", [1, "1/3"])
-def test_nothing_is_looked_at(model, monkeypatch, temperature):  # noqa: F811
-    sampling = Sampling(temperature, 20, "pool", 100, "raise", 7)
+def test_nothing_is_looked_at(model, pools, monkeypatch, temperature):  # noqa: F811
+    settings = Sampling(temperature, 20, "pool", 100, "raise", 7)
     weight = model.transformer.norm.weight
     cache = KVCache(model.config, 3, 12, weight.dtype)
-    steps = Steps(model, cache, sampling, 4)
+    steps = Steps(model, cache, settings, 4)
     last = torch.ones(3, model.config.patch_size, dtype=torch.int64)
     rows = torch.arange(3) << 32
     eager = steps.run(last, rows, 7, 4).clone()
     assert torch.equal(cache.lengths, eager[..., -1].sum(0))
     cache.lengths.zero_()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU: never look
+    if pools == "lazy":
+        monkeypatch.delattr(Draws, "whole_patches")
     with torch.no_grad(), NoLook():
         blind = steps.run(last, rows, 7, 4)
     assert torch.equal(eager, blind)
@@ -260,7 +273,7 @@ def test_bad_steps_per_read(model):  # noqa: F811
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("temperature", [1, "1/2"])
-def test_replays_are_the_steps(monkeypatch, temperature):
+def test_replays_are_the_steps(pools, monkeypatch, temperature):
     """On a device: a captured step and the same step issued op by op, twice each."""
     replayed = build_model().float().cuda()
     sampling = Sampling(temperature, 20, "pool", 100, "raise", 0)

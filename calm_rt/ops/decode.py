@@ -77,14 +77,20 @@ def decode_patch(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6)
 
 
 def decode_slots(
-    hidden: Tensor, rows: Sequence[Tensor], weights: DecoderWeights, *, eps: float = 1e-6
+    hidden: Tensor,
+    rows: Sequence[Tensor],
+    weights: DecoderWeights,
+    *,
+    eps: float = 1e-6,
+    count: Tensor | None = None,
 ) -> Tensor:
     """The most probable token in chosen slots of chosen patches.
 
     hidden: [R, H], of `decode_patch`.
     rows: for each of the K slots the rows of hidden that are wanted, [N_k] int64.
     weights: of the decoder.
-    returns: [N_0 + N_1 + ...] int64, slot after slot; no gradient.
+    count: [] int64, only the first so many rows are wanted, see `linear_argmax`; None for all.
+    returns: [N_0 + N_1 + ...] int64, slot after slot, -1 of unwanted rows; no gradient.
     Raises ValueError for another number of slots.
     """
     slots = weights.expand.weight.unflatten(0, (-1, hidden.shape[1]))  # [K, H, H]
@@ -94,10 +100,10 @@ def decode_slots(
     for of_slot, slot, bias in zip(rows, slots, biases, strict=True):
         padded = F.pad(of_slot, (0, spare_rows(len(of_slot), hidden)))
         wanted.append(F.linear(hidden[padded], slot, bias)[: len(of_slot)])
-    count = sum(map(len, wanted))
-    wanted.append(hidden.new_zeros(spare_rows(count, hidden), hidden.shape[1]))
-    tokens = _decode_tokens(torch.cat(wanted), weights, eps)[:count]  # [N, H]
-    return linear_argmax(tokens, weights.vocabulary, weights.screen)
+    total = sum(map(len, wanted))
+    wanted.append(hidden.new_zeros(spare_rows(total, hidden), hidden.shape[1]))
+    tokens = _decode_tokens(torch.cat(wanted), weights, eps)[:total]  # [N, H]
+    return linear_argmax(tokens, weights.vocabulary, weights.screen, count)
 
 
 def spare_rows(count: int, like: Tensor) -> int:
