@@ -69,7 +69,7 @@ def _agree(model, ours, theirs, rtol):
         torch.testing.assert_close(own, other, rtol=rtol, atol=scale)
 
 
-@pytest.mark.parametrize("op", ["linear_argmax", "encode", "decode"])
+@pytest.mark.parametrize("op", ["linear_argmax", "encode", "decode", "survivors"])
 def test_formulas_without_randomness_agree(op):
     for case in (case for case in CASES if case.op == op and not case.benchmark):
         ours = getattr(ops, op)(**case.make(torch.float64))

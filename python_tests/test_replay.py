@@ -76,36 +76,6 @@ def test_cuda_texts_are_those_of_single_steps(model, pools, temperature):  # noq
     check_texts(copy.deepcopy(model).to("cuda"), 5, temperature, max_batch_size=3)
 
 
-@needs_cuda
-@pytest.mark.parametrize("temperature", [1, "1/2"])
-def test_cuda_replays_are_the_steps_that_were_captured(model, monkeypatch, temperature):  # noqa: F811
-    check_replays(copy.deepcopy(model).to("cuda"), monkeypatch, temperature)
-
-
-def check_replays(model, monkeypatch, temperature):  # noqa: F811
-    """Steps with a graph and without draw the same, in a second run from new states too."""
-    weight = model.transformer.norm.weight
-    device, capture = weight.device, Steps._capture
-    sampling = Sampling(temperature, 20, "pool", 100, "raise", 7)
-    runs = []
-    for graph in (True, False):
-        monkeypatch.setattr(Steps, "_capture", capture if graph else lambda steps: None)
-        cache = KVCache(model.config, 3, 12, weight.dtype, device)
-        with torch.no_grad():
-            steps = Steps(model, cache, sampling, 4)
-            assert (steps._graph is not None) == (graph and device.type == "cuda")
-            last = torch.ones(3, model.config.patch_size, dtype=torch.int64, device=device)
-            rows, drawn = torch.arange(3, device=device) << 32, []
-            for count in (4, 2):
-                patches, finite = (part.clone() for part in steps.run(last, rows, count))
-                last, rows = patches[-1], rows + count
-                drawn += [patches, finite]
-        assert cache.lengths.tolist() == [6, 6, 6]
-        runs.append(drawn)
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert runs[0][1].all() and runs[0][0].unique().numel() > 2
-
-
 def test_several_steps_are_run_at_once(model, monkeypatch):  # noqa: F811
     counts = []
     run = Steps.run
@@ -271,9 +241,9 @@ def test_bad_steps_per_read(model):  # noqa: F811
         Generator(model, steps_per_read=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@needs_cuda
 @pytest.mark.parametrize("temperature", [1, "1/2"])
-def test_replays_are_the_steps(pools, monkeypatch, temperature):
+def test_cuda_replays_are_the_steps(pools, monkeypatch, temperature):
     """On a device: a captured step and the same step issued op by op, twice each."""
     replayed = build_model().float().cuda()
     sampling = Sampling(temperature, 20, "pool", 100, "raise", 0)
