@@ -6,6 +6,7 @@ Without a model a small random one shows that the tokens are those of generate(d
 """
 
 import argparse
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,14 @@ vocabulary, bias = head.weight, getattr(head, "bias", None)  # [V, H]; most mode
 if bias is not None:  # <h, w> + b = <[h, 1], [w, b]>
     vocabulary = torch.cat([vocabulary, bias[:, None]], 1).detach()
 
+taken = inspect.signature(model.base_model.forward).parameters
+name = "cache" if "cache" in taken else "past_key_values"  # in newer and older transformers
 ids, cache = prompt, None
 with torch.no_grad():
     for _ in range(options.steps):
         new = ids if cache is None else ids[:, -1:]
-        out = model.base_model(new, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model.base_model(new, use_cache=True, **{name: cache})
+        cache = out[name]
         hidden = out.last_hidden_state[:, -1]
         if bias is not None:
             hidden = F.pad(hidden, (0, 1), value=1.0)

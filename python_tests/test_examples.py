@@ -43,6 +43,7 @@ def run(name: str, folder: Path, *options: str, driver: tuple[str, ...] = ()) ->
     command = [sys.executable, *LAUNCH.get(name, driver), str(EXAMPLES / f"{name}.py"), *options]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert "Use `cache` instead" not in result.stderr  # transformers will drop the older name
     return result.stdout
 
 
