@@ -46,7 +46,9 @@ class Engine:
             one of each is read.
         batch_invariant, steps_per_read: see Generator.
         """
-        self.model, self.steps_per_read = model, steps_per_read
+        self.model = model
+        # draws without numbers follow from what only the host can see
+        self.steps_per_read = steps_per_read if model.numbered_draws else 1
         self.prefill_chunk, self.batch_invariant = prefill_chunk, batch_invariant
         weight = model.transformer.norm.weight
         sizes = (max_batch_size, max_patches)
@@ -240,7 +242,8 @@ class Engine:
         # products of few rows round as those of many do not, so where texts must not depend on a
         # batch, each sequence goes by its own history
         history = sequences[0] if self.batch_invariant else self
-        settings["tuples_first"] = history.sure_share > TUPLES_FIRST + TUPLES_ALONE / len(slots)
+        often_sure = history.sure_share > TUPLES_FIRST + TUPLES_ALONE / len(slots)
+        settings["tuples_first"] = often_sure and self.model.numbered_draws
         hidden = self.hidden[self._tensor(slots)]
         try:
             sample = sample_patches(self.model, hidden, rows=rows, prefix=prefix, **settings)

@@ -9,8 +9,9 @@ one: an adapter or a quantised layer, whose arithmetic is another, does not.
 import sys
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, EnergyHead
 from calm_rt.ops.check import check
@@ -81,12 +82,48 @@ def view_of_head(official: nn.Module, config: Any) -> EnergyHead:
     return _share(view, official)
 
 
-def view_of_model(official: nn.Module) -> Calm:
-    """raises: ValueError for sizes or parameters that are not those of our Calm."""
+def view_of_model(official: nn.Module, own_head: bool) -> Calm:
+    """own_head: whether the head is an EnergyHead; otherwise the official one draws.
+
+    raises: ValueError for sizes or parameters that are not those of our Calm.
+    """
     inner = AutoencoderConfig.from_dict(_config(official.ae_model))
+    config = CalmConfig.from_dict(_config(official))
     with torch.device("meta"):
-        view = Calm(CalmConfig.from_dict(_config(official)), inner)
-    return _share(view, official).eval()
+        view = Calm(config, inner) if own_head else _HeadedCalm(config, inner)
+    if not own_head:
+        view.head = (official.generative_head,)
+    return _share(view, official, () if own_head else ("generative_head.",)).eval()
+
+
+class _HeadedCalm(Calm):
+    """A view whose draws an official head makes, from torch's generators.
+
+    What a call draws depends on its seed, its row ids and their number of draws.
+    """
+
+    numbered_draws = False
+
+    def __init__(self, config: CalmConfig, autoencoder_config: AutoencoderConfig):
+        super().__init__(config, autoencoder_config)
+        del self.generative_head
+        self.head: tuple[Any, ...] = ()  # inside a tuple, so that its mode is not set with ours
+
+    def sample(
+        self, hidden: Tensor, num_samples: int, seed: int | Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """See `Calm.sample`."""
+        if not len(hidden):
+            return hidden.new_empty(num_samples, 0, self.config.latent_size)
+        rows = torch.arange(len(hidden)) if rows is None else rows
+        words = [number % 2**64 for number in (int(seed), *rows.tolist())]
+        [word] = np.random.SeedSequence(words).generate_state(1, np.uint64)
+        on_gpu = [hidden.device] if hidden.device.type == "cuda" else []
+        with torch.random.fork_rng(on_gpu):
+            torch.default_generator.manual_seed(int(word))
+            for device in on_gpu:
+                torch.cuda.default_generators[device.index].manual_seed(int(word))
+            return self.head[0].sample(hidden.expand(num_samples, *hidden.shape))
 
 
 def _kind_by_parts(model: nn.Module) -> str | None:
@@ -102,8 +139,9 @@ def _kind_by_parts(model: nn.Module) -> str | None:
     return KINDS[2 if "Diff" in type(model.generative_head).__name__ else 3]
 
 
-def _share(view: nn.Module, official: nn.Module) -> nn.Module:
-    wanted, given = _shapes(view), _shapes(official)
+def _share(view: nn.Module, official: nn.Module, without: tuple[str, ...] = ()) -> nn.Module:
+    """without: beginnings of names that the view does not have."""
+    wanted, given = _shapes(view), _shapes(official, without)
     for name in sorted(wanted.keys() | given.keys()):
         shape, other = wanted.get(name), given.get(name)
         expected = "no such parameter" if shape is None else f"shape {shape}"
@@ -119,9 +157,9 @@ def _share(view: nn.Module, official: nn.Module) -> nn.Module:
     return view
 
 
-def _shapes(module: nn.Module) -> dict[str, list[int]]:
+def _shapes(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, list[int]]:
     parameters = module.named_parameters(remove_duplicate=False)
-    return {n: list(p.shape) for n, p in parameters if not n.startswith(ALIASES)}
+    return {n: list(p.shape) for n, p in parameters if not n.startswith((*ALIASES, *without))}
 
 
 def _config(official: nn.Module) -> dict[str, Any]:

@@ -8,9 +8,12 @@ logical rows, so torch.manual_seed repeats them and ranks with equal seeds still
 """
 
 import copy
+import math
 import pickle
+import random
 import warnings
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -70,6 +73,25 @@ def rows_on(device: torch.device, count: int) -> Tensor:
     return torch.arange(count, device=device) + (rank << RANK_BITS)
 
 
+def read_temperature(
+    patch: Patch, temperature: float | Fraction | str, method: str = "pool"
+) -> Fraction:
+    """As parse_temperature, but where that bug is kept it refuses what the official code does."""
+    value = parse_temperature(temperature, method)
+    if "strict_temperature" in patch.keep_bugs and method == "pool":
+        given = Fraction(temperature) if isinstance(temperature, str) else temperature
+        whole = value > 0 and math.isclose(1 / float(given), value.denominator, rel_tol=1e-9)
+        check(whole, "temperature", "1/n, as keep_bugs has strict_temperature", temperature)
+    return value
+
+
+def choosing_seed(patch: Patch, device: torch.device, temperature: Fraction) -> Tensor:
+    """`seed_on`, with Python's random in it below T = 1 where that bug is kept."""
+    seed = seed_on(device)
+    mixed = "python_random" in patch.keep_bugs and temperature < 1
+    return seed ^ random.getrandbits(62) if mixed else seed
+
+
 def autoencoder_forward(
     self: nn.Module, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
 ) -> Any:
@@ -87,7 +109,10 @@ def autoencoder_forward(
         options = {"seed": seed, "stream": Stream.TOKEN_MASK, "distribution": "uniform"}
         masked_out = ops.noise(rows, 1, self.patch_size, **options)[0] < p
         inputs = torch.where(masked_out, MASK_ID, inputs)
-    posterior = view.encode(inputs)  # [R, 1, L] each
+    if "bf16_embeddings" in patch.keep_bugs:
+        posterior = self.encoder(input_ids=inputs).chunk(2, -1)  # [R, 1, L] each
+    else:
+        posterior = view.encode(inputs)
     wide = torch.promote_types(posterior[0].dtype, torch.float32)
     mean, log_std = (value.squeeze(1).to(wide) for value in posterior)
     size = mean.shape[1]
@@ -147,7 +172,7 @@ def model_forward(
         return _brier_by_continuing(self, patch, input_ids, loss)
     if draws is None:
         draws = self.generative_head.sample(hidden.unsqueeze(0).repeat(2, 1, 1))
-    if size < ORDERS:
+    if size < ORDERS or "label_masks" in patch.keep_bugs:
         return self.eval_brier(draws, input_ids[:, size:], outputs, loss)
     return self.eval_brier(draws, patches.reshape(1, -1), outputs, loss)
 
@@ -191,17 +216,14 @@ def temperature_sampling(
         official = type(self).temperature_sampling
         return official(self, hidden_states, temperature=temperature, num_samples=num_samples)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-    if patch.model is not None:
-        patches = sample_patches(
-            patch.model,
-            hidden,
-            temperature=temperature,
-            num_candidates=num_samples,
-            seed=seed_on(hidden.device),
-            rows=rows_on(hidden.device, len(hidden)),
-        ).patches
-    else:
-        patches = _vote(self, patch, hidden, temperature, num_samples)
+    patches = sample_patches(
+        patch.model,
+        hidden,
+        temperature=temperature,
+        num_candidates=num_samples,
+        seed=choosing_seed(patch, hidden.device, read_temperature(patch, temperature)),
+        rows=rows_on(hidden.device, len(hidden)),
+    ).patches
     return patches.view(*hidden_states.shape[:-1], -1)
 
 
@@ -267,15 +289,20 @@ def generate(
     check(not both, "num_candidates", "None beside num_samples, its other name", num_candidates)
     pool = next((n for n in (num_samples, num_candidates) if n is not None), 200)
     self.eval()
-    pad, size = self.padding_idx, self.patch_size
+    pad, size, length = self.padding_idx, self.patch_size, input_ids.shape[1]
     if max_new_tokens is None:
-        max_new_tokens = max(0, max_length - input_ids.shape[1])
+        max_new_tokens = max(0, max_length - length)
+        if "overshot_length" in patch.keep_bugs:
+            missing = max_length - length - -length % size  # behind the prompt's whole patches
+            max_new_tokens = max(1, -(-missing // size)) * size
+    padded = "prompt_padding" in patch.keep_bugs
     given = prompts = [_without_ends(row, pad) for row in input_ids.tolist()]
-    if "prompt_padding" in patch.keep_bugs:
+    if padded:
         check(pad is not None, "prompt_padding", "a pad_token_id in the config", pad)
-        prompts = [row + [pad] * (-len(row) % size) for row in given]
+        prompts = [row + [pad] * (-length % size) for row in input_ids.tolist()]
+    value = read_temperature(patch, temperature, method)
     if seed is None:
-        seed = int(seed_on(torch.device("cpu")))
+        seed = int(choosing_seed(patch, torch.device("cpu"), value))
     generations = Generator(patch.model).generate(
         prompts,
         max_new_tokens=max_new_tokens,
@@ -286,10 +313,10 @@ def generate(
         on_budget=on_budget,
         seed=seed,
     )
-    rows = [
-        torch.tensor(prompt + generation.ids, dtype=torch.int64)
-        for prompt, generation in zip(given, generations, strict=True)
-    ]
+    rows = [prompt + g.ids for prompt, g in zip(given, generations, strict=True)]
+    if padded:
+        rows = [[token for token in row if token != pad] for row in rows]
+    rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
     fill = next((i for i in (pad, self.eos_token_id) if i is not None), 0)
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
     return padded.to(input_ids.device)
@@ -342,24 +369,12 @@ def _sample(head: EnergyHead, hidden: Tensor, count: int) -> Tensor:
     )
 
 
-def _vote(
-    model: nn.Module, patch: Patch, hidden: Tensor, temperature: float, num_samples: int
-) -> Tensor:
-    """Algorithm 2 on draws of an official head: [B, K]."""
-    temperature = parse_temperature(temperature)
-    check(temperature > 0, "temperature", "1, 1/2, 1/3, ...", temperature)
-    count = 1 if temperature == 1 else num_samples
-    latents = model.generative_head.sample(hidden.unsqueeze(1).repeat(1, count, 1))
-    pool = patch.autoencoder.decode(latents)  # [B, S, K]
-    options = {"seed": seed_on(hidden.device), "rows": rows_on(hidden.device, len(hidden))}
-    chosen = ops.select_patch(pool, n=temperature.denominator, **options)
-    return pool[torch.arange(len(pool), device=pool.device), chosen]
-
-
 @torch.compiler.disable
 def _brier_by_continuing(model: nn.Module, patch: Patch, input_ids: Tensor, loss: Tensor) -> Any:
     """The scores for K < 4, of every start in whole rows whatever the labels."""
     draws = 2 if "one_pair_of_draws" in patch.keep_bugs else model.num_samples
+    if "last_start" in patch.keep_bugs:
+        input_ids = input_ids[:, : -model.patch_size]
     seed = int(seed_on(torch.device("cpu")))
     options = {"block_size": input_ids.shape[1], "num_bootstrap": 1}
     score = brier_lm(patch.model, input_ids, num_draws=draws, seed=seed, **options)

@@ -7,14 +7,15 @@ parameters, state dict and checkpoints stay what they are.
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from calm_rt import official_models, patched
+from calm_rt import official_bugs, official_models, patched
 from calm_rt.nn import fold_encoder as fold
 from calm_rt.nn import folded_bytes
+from calm_rt.official_bugs import ALL_MODELS, BUGS
 from calm_rt.official_models import AUTOENCODER, ENERGY
 from calm_rt.ops.check import check
 from calm_rt.patched import ATTRIBUTE, Patch
@@ -28,57 +29,6 @@ SWITCHES = {
     "temperature_sampling": "decode and select_patch, no logits, nothing on the host",
     "eval_brier": "all pairs of draws, decoded without logits",
     "generate": "calm_rt.Generator, which refuses lengths beyond max_position_embeddings",
-}
-
-
-class Bug(NamedTuple):
-    """An official bug that patching cures."""
-
-    switches: tuple[str, ...]  # any of which brings the cure; none: it needs no switch
-    kinds: tuple[str, ...]  # of models that have it
-    cure: str
-
-
-ALL_MODELS = official_models.KINDS[1:]
-# name: as in keep_bugs; () as switches for what is cured by itself
-BUGS = {
-    "tied_embedding": Bug(
-        (), official_models.KINDS, "embedding and output projection were two parameters; tied"
-    ),
-    "missing_num_samples": Bug(
-        (), ALL_MODELS[1:], "num_samples was never set; taken from the configuration"
-    ),
-    "loss_kwargs": Bug(
-        (),
-        official_models.KINDS,
-        "Trainer left the loss undivided by its accumulation steps; accepts_loss_kwargs is False",
-    ),
-    "bf16_embeddings": Bug(
-        ("autoencoder_loss", "encoder_target"),
-        official_models.KINDS,
-        "train() made the encoder round its embeddings to bfloat16",
-    ),
-    "label_masks": Bug(
-        ("encoder_target", "head_sampling"),
-        ALL_MODELS,
-        "labels of -100 inside a patch shifted all later targets; such a patch is no target",
-    ),
-    "one_pair_of_draws": Bug(
-        ("eval_brier",), ALL_MODELS, "only 1 pair of all draws was scored, for K < 4 no last start"
-    ),
-    "prompt_padding": Bug(
-        ("generate",),
-        (ENERGY,),
-        "prompts were filled with pad ids at their end; BOS fills their beginning",
-    ),
-}
-# what no patch of an instance can reach
-NOT_CURED = {"DiffusionTransformer": {"diffusion_device": "the sampling loop itself calls .cuda()"}}
-# what comes with a switch and cannot be had without it
-CURED_BY = {
-    "energy_score": "beta < 1 and equal draws gave NaN gradients",
-    "temperature_sampling": "Python's random chose, unseeded by torch; 1/T had to be exact",
-    "generate": "tokens after EOS stayed; the length was overshot; no seed, no pool size",
 }
 
 
@@ -132,7 +82,8 @@ def patch(
         eval_brier, generate: which parts to replace.
     fold_encoder: encode targets by table (see `nn.fold_encoder`: K V H numbers); after moving or
         changing the autoencoder, patch again.
-    keep_bugs: names in `patching.BUGS` of official bugs not to cure.
+    keep_bugs: names in `official_bugs.BUGS` of official bugs not to cure. Where only the official
+        code has a bug, keeping it leaves the switches off that would cure it.
     returns: PatchReport of what was replaced and cured, and what was not and why. In a `with`
         statement it unpatches at the end.
     raises: ValueError for another model, a model that is patched already, or an unknown bug.
@@ -140,6 +91,8 @@ def patch(
     model = _unwrap(model)
     official, kind = official_models.official_class(model)
     check(_patch_of(model) is None, "model", "one that is not patched", "a patched one")
+    one = isinstance(keep_bugs, str)
+    check(not one, "keep_bugs", "a list of names", f"one name (write [{keep_bugs!r}])")
     unknown = sorted(set(keep_bugs) - BUGS.keys())
     check(not unknown, "keep_bugs", f"names among {', '.join(BUGS)}", unknown)
     wanted = {
@@ -161,9 +114,16 @@ def patch(
     _install(model, state, kept)
     report.kept.update((name, kept[name]) for name in SWITCHES if name in kept)
     report.replaced.update((n, text) for n, text in SWITCHES.items() if n in state.switches)
+    if kind not in (AUTOENCODER, ENERGY):
+        drawing = f"; the official {type(model.generative_head).__name__} draws"
+        for name in ("temperature_sampling", "eval_brier", "generate"):
+            if name in report.replaced:
+                report.replaced[name] += drawing
     if fold_encoder:
         _fold(model, state, report)
-    _name_cures(state, report)
+    cured, not_cured = official_bugs.name_cures(model, kind, state.keep_bugs, state.switches)
+    report.cured.update(cured)
+    report.not_cured.update(not_cured)
     return report
 
 
@@ -208,12 +168,13 @@ def _impossible(model: nn.Module, state: Patch, wanted: list[str]) -> dict[str, 
             reasons[name] = of_models if kind == AUTOENCODER else f"only in {AUTOENCODER}"
     if kind not in (AUTOENCODER, ENERGY):
         no_energy = f"{kind} has no energy head"
-        reasons |= {name: no_energy for name in ("energy_score", "head_sampling", "generate")}
+        reasons |= {name: no_energy for name in ("energy_score", "head_sampling")}
     views = {"autoencoder": lambda: official_models.view_of_autoencoder(_autoencoder(model, kind))}
     if kind == ENERGY:
         head, config = model.generative_head, model.config
         views["head"] = lambda: official_models.view_of_head(head, config)
-        views["model"] = lambda: official_models.view_of_model(model)
+    if kind in ALL_MODELS:
+        views["model"] = lambda: official_models.view_of_model(model, own_head=kind == ENERGY)
     failures = {}
     for name, make in views.items():
         try:
@@ -234,16 +195,13 @@ def _impossible(model: nn.Module, state: Patch, wanted: list[str]) -> dict[str, 
     }
     if kind in ALL_MODELS and model.patch_size < patched.ORDERS:
         needs["eval_brier"] = ("model", "output")  # draws are continued
-        if kind != ENERGY:
-            reasons["eval_brier"] = f"{no_energy}, and K = {model.patch_size} needs one"
     for name in wanted:
         failed = [failures[view] for view in needs.get(name, ()) if view in failures]
         if failed:
             reasons.setdefault(name, failed[0])
-    if "bf16_embeddings" in state.keep_bugs:
-        reasons["autoencoder_loss" if kind == AUTOENCODER else "encoder_target"] = (
-            "keep_bugs has bf16_embeddings"
-        )
+    for name, reason in official_bugs.switches_off(model, kind, state.keep_bugs).items():
+        if name in wanted:
+            reasons.setdefault(name, reason)
     return reasons
 
 
@@ -308,7 +266,7 @@ def _cure(model: nn.Module, state: Patch, report: PatchReport) -> None:
         "loss_kwargs": _refuse_loss_kwargs,
     }
     for name, cure in cures.items():
-        if kind not in BUGS[name].kinds:
+        if not BUGS[name].is_in(model, kind):
             continue
         if name in state.keep_bugs:
             report.not_cured[name] = "in keep_bugs"
@@ -368,20 +326,3 @@ def _fold(model: nn.Module, state: Patch, report: PatchReport) -> None:
     )
     state.undo.append(hook.remove)
     report.replaced["fold_encoder"] = f"tables of {folded_bytes(view):,} bytes"
-
-
-def _name_cures(state: Patch, report: PatchReport) -> None:
-    """Lists the bugs whose cure came with a switch, and those without one."""
-    report.not_cured.update(NOT_CURED.get(state.kind, {}))
-    for name, bug in BUGS.items():
-        if not bug.switches or state.kind not in bug.kinds:
-            continue
-        if name in state.keep_bugs:
-            report.not_cured[name] = "in keep_bugs"
-        elif state.switches & set(bug.switches):
-            report.cured[name] = bug.cure
-        else:
-            report.not_cured[name] = f"needs {' or '.join(bug.switches)}"
-    for switch, text in CURED_BY.items():
-        if switch in state.switches:
-            report.cured[f"(by {switch})"] = text

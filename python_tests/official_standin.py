@@ -5,6 +5,7 @@ official ones and make the tensors that those make, bugs included. The backbone 
 the official parameter names.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -183,7 +184,11 @@ class CALM(nn.Module):
     def temperature_sampling(
         self, hidden_states: Tensor, temperature: float = 0.5, num_samples: int = 200
     ) -> Tensor:
+        if not 0 < temperature <= 1:
+            raise ValueError("temperature beyond (0, 1]")
         n, count = round(1 / temperature), 1 if temperature == 1 else num_samples
+        if not math.isclose(n, 1 / temperature, rel_tol=1e-9):
+            raise ValueError("1 / temperature is no integer")
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         latents = self.generative_head.sample(flat.unsqueeze(1).repeat(1, count, 1))
         pool = self.ae_model.decoder(latents).argmax(-1).view(len(flat), count, self.patch_size)
@@ -197,14 +202,20 @@ class CALM(nn.Module):
         self, input_ids: Tensor, max_length: int = 2048, temperature: float = 0.5, **kwargs: Any
     ) -> Tensor:
         self.eval()
-        missing = -input_ids.shape[1] % self.patch_size
-        ids = F.pad(input_ids, (0, missing), value=self.padding_idx)
-        while ids.shape[1] < max_length:
+        missing, pad = -input_ids.shape[1] % self.patch_size, self.padding_idx
+        ids = torch.cat([input_ids, torch.full((len(input_ids), missing), pad)], 1)
+        going = torch.ones(len(ids), 1, dtype=torch.int64)
+        while True:
             tokens = self.transformer.embed_tokens(ids)
             patches = tokens.reshape(len(ids), -1, self.patch_size * tokens.shape[-1])
             hidden = self.transformer(inputs_embeds=self.embed_proj(patches))[0][:, -1]
-            ids = torch.cat([ids, self.temperature_sampling(hidden, temperature)], 1)
-        return ids
+            new = self.temperature_sampling(hidden, temperature) * going + pad * (1 - going)
+            ids = torch.cat([ids, new], 1)
+            going = going * (new != self.eos_token_id).all(1, keepdim=True).long()
+            if ids.shape[1] >= max_length or not going.any():
+                break
+        rows = [row[row != pad] for row in ids]
+        return torch.stack([F.pad(row, (0, ids.shape[1] - len(row)), value=pad) for row in rows])
 
 
 class EnergyTransformer(CALM):
