@@ -150,8 +150,8 @@ def _share(view: nn.Module, official: nn.Module, without: tuple[str, ...] = ()) 
         if not module._parameters:
             continue
         source = official.get_submodule(path)
-        standard = isinstance(module, STANDARD)
-        plain = not standard or type(source).forward is type(module).forward
+        known = [kind.forward for kind in STANDARD if isinstance(module, kind)]
+        plain = not known or type(source).forward in (type(module).forward, *known)
         check(plain, path, f"a plain {type(module).__name__}", type(source).__name__)
         module._parameters = source._parameters
     return view

@@ -125,6 +125,11 @@ class Autoencoder(nn.Module):
 
 
 class LlamaModel(Transformer):
+    def __init__(self, config: Any):
+        super().__init__(config)
+        weight = self.embed_tokens.weight.detach()
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)  # torch's own
+
     def forward(self, inputs_embeds: Tensor) -> Any:
         return (super().forward(inputs_embeds),)
 

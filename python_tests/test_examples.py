@@ -80,7 +80,8 @@ def test_greedy_decoding_of_a_head_with_a_bias(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    config = transformers.PhiConfig(vocab_size=500, num_hidden_layers=1, **sizes)
+    sizes |= {"num_hidden_layers": 1, "pad_token_id": None}  # which 5.0 reads and does not set
+    config = transformers.PhiConfig(vocab_size=500, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config)
     torch.nn.init.normal_(model.lm_head.bias)  # decides, where a random model's logits are small
     model.save_pretrained(tmp_path)
