@@ -1,5 +1,7 @@
 """Patched models whose head is not ours: the official one draws, all else runs on the ops."""
 
+import copy
+
 import pytest
 import scipy.stats
 import torch
@@ -78,6 +80,14 @@ def test_the_head_keeps_its_mode_and_is_followed():
     del model.generative_head.net.bias
     with pytest.raises(AttributeError, match="bias"):
         model.temperature_sampling(hidden, 0.5)
+
+
+def test_a_copy_draws_from_its_own_head():
+    model = build("FlowTransformer")
+    calm_rt.patch(model)
+    other = copy.deepcopy(model)
+    assert other._calm_rt_patch.model.head == (other.generative_head,)
+    assert other.generative_head is not model.generative_head
 
 
 def test_an_adapter_in_the_head_is_no_hindrance():
