@@ -65,9 +65,14 @@ struct Line {
   }
 
   Wide mean(int64_t size) const {
-    V total{};
-    each_run<V>(0, size, [&](int64_t i, int64_t count) { total += (*this)(i, count); });
-    return sum(total) / static_cast<Wide>(size);
+    const auto scaled_sum = [&](Wide scale) {
+      V total{};
+      each_run<V>(0, size, [&](int64_t i, int64_t count) { total += (*this)(i, count) * scale; });
+      return sum(total);
+    };
+    const Wide mean = scaled_sum(1) / static_cast<Wide>(size);
+    // of numbers near the largest one the sum overflows, where a sum of their shares does not
+    return mean - mean == 0 ? mean : scaled_sum(1 / static_cast<Wide>(size));
   }
 
   // 1 / sqrt(var + eps)
