@@ -33,6 +33,8 @@ class Values:
     seed: of everything here.  leaves: bit i % 4 says whether tensor i is scaled and made extreme.
     scale: a factor.  extremes: what a few elements become.
     whole: multiples of 1/2, so that sums are exact and ties are ties.  duplicates: equal rows.
+    nudge: the part of themselves by which numbers move at most, drawn anew for each nudge_seed;
+        equal rows stay equal.
     """
 
     seed: int
@@ -41,12 +43,18 @@ class Values:
     extremes: tuple[float, ...] = ()
     whole: bool = False
     duplicates: bool = False
+    nudge: float = 0.0
+    nudge_seed: int = 0
 
     def change(self, tensor: Tensor, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + index)
         values = tensor * (0.5 + torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
         if self.whole:
             values = values.mul(4).round().div(2)
+        if self.nudge:
+            moves = torch.Generator().manual_seed(self.nudge_seed + index)
+            uniform = torch.rand(values.shape, generator=moves, dtype=values.dtype)
+            values = values * (1 + self.nudge * (2 * uniform - 1))
         if self.duplicates and values.numel():
             rows = torch.randint(len(values), (len(values),), generator=generator)
             values = values[rows]
