@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -157,9 +158,16 @@ def strided(tensor: Tensor, seed: int) -> Tensor:
 
 
 def argmax_scores(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The logits and the sums of their absolute terms, two [R, V]."""
+    """How far the logits are from the best and the sums of their absolute terms, two [R, V].
+
+    In long double, as float64's own rounding parts what ties.
+    """
     hidden, weight = arguments["hidden"], arguments["weight"]
-    return hidden @ weight.T, hidden.abs() @ weight.abs().T
+    with np.errstate(all="ignore"):
+        logits = hidden.numpy().astype(np.longdouble) @ weight.numpy().astype(np.longdouble).T
+        best = logits.max(-1, keepdims=True)
+        below = logits - np.where(np.isfinite(best), best, 0)
+    return torch.from_numpy(below.astype(np.float64)), hidden.abs() @ weight.abs().T
 
 
 def gated_mlp_magnitudes(arguments: dict[str, Any]) -> list[Tensor]:
@@ -279,3 +287,38 @@ def trials(draw: Callable, op: str, dtypes: tuple[torch.dtype, ...]) -> Trial:
         seed=draw(INT64),
         gradients=maker != "folded_encode" and draw(st.booleans()),
     )
+
+
+FOUND = {  # trials that failed once
+    "steep layers": Trial(
+        op="sample_latents",
+        maker="sample_latents",
+        sizes=(5, 34, 1),
+        values=Values(seed=221460, whole=True, duplicates=True),
+        dtype=torch.bfloat16,
+        mixed=False,
+        layout=0,
+        seed=334,
+        gradients=False,
+    ),
+    "near the largest number": Trial(
+        op="sample_latents",
+        maker="sample_latents",
+        sizes=(4, 70, 3),
+        values=Values(seed=262145, leaves=9, scale=1e6, extremes=(1e-40, 1e-40), whole=True),
+        dtype=torch.bfloat16,
+        mixed=False,
+        layout=1283170980,
+        seed=-369,
+    ),
+    "ties that float64 parts": Trial(
+        op="linear_argmax",
+        maker="ties",
+        sizes=(33, 29, 46),
+        values=Values(seed=19801, leaves=2, scale=1e30, whole=True, duplicates=True),
+        dtype=torch.float64,
+        mixed=False,
+        layout=0,
+        seed=0,
+    ),
+}

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fuzzing import CHAINS, MAKERS, Trial, Values, is_float, trials
+from fuzzing import CHAINS, FOUND, MAKERS, Trial, is_float, trials
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_ops import cast, kernel_dtypes, run
@@ -241,31 +241,6 @@ def test_every_kernel_is_fuzzed(op: str) -> None:
 @fuzz
 def test_laws_on_drawn_arguments(op: str, data: st.DataObject) -> None:
     check_laws(data.draw(all_trials(op), "trial"))
-
-
-FOUND = {  # trials that failed once
-    "steep layers": Trial(
-        op="sample_latents",
-        maker="sample_latents",
-        sizes=(5, 34, 1),
-        values=Values(seed=221460, whole=True, duplicates=True),
-        dtype=torch.bfloat16,
-        mixed=False,
-        layout=0,
-        seed=334,
-        gradients=False,
-    ),
-    "near the largest number": Trial(
-        op="sample_latents",
-        maker="sample_latents",
-        sizes=(4, 70, 3),
-        values=Values(seed=262145, leaves=9, scale=1e6, extremes=(1e-40, 1e-40), whole=True),
-        dtype=torch.bfloat16,
-        mixed=False,
-        layout=1283170980,
-        seed=-369,
-    ),
-}
 
 
 @pytest.mark.parametrize("name", FOUND)
