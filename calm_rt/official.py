@@ -50,11 +50,13 @@ def energy_score(
 
 
 def linear_argmax(hidden: Tensor, weight: Tensor, count: Tensor | None = None) -> Tensor:
-    """The end of `Autoencoder.decoder` and `temperature_sampling`: all logits, then argmax."""
-    ids = torch.nn.functional.linear(hidden, weight).argmax(-1)
-    if count is None:
-        return ids
-    return torch.where(torch.arange(len(ids), device=ids.device) < count, ids, -1)
+    """The end of `Autoencoder.decoder` and `temperature_sampling`: all logits, then argmax.
+
+    count: rows that are wanted, for which eager code waits.
+    """
+    wanted = hidden if count is None else hidden[: int(count)]
+    ids = torch.nn.functional.linear(wanted, weight).argmax(-1)
+    return torch.nn.functional.pad(ids, (0, len(hidden) - len(ids)), value=-1)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, **_) -> Tensor:
