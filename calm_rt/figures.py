@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 COLOURS = {"official": "tab:gray", "compiled": "tab:blue", "library": "tab:green"}
-COLOURS |= {"liger": "tab:purple", "native": "tab:orange"}
+COLOURS |= {"liger": "tab:purple", "reference": "tab:red", "native": "tab:orange"}
 
 Row = dict[str, Any]
 

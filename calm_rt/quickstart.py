@@ -37,6 +37,29 @@ EVALUATION_BLOCKS = 64
 FEWEST_DOCUMENTS = 8  # for an interval over documents
 DOCUMENT_BLOCKS = 4  # of each held-out document at most, in the Brier scores
 TEMPERATURES = ("1", "1/2", "1/3")
+
+# of the models; initial weights of about 1 / sqrt(hidden_size), for 0.02 is made for larger ones
+AUTOENCODER_SIZES = {
+    "patch_size": PATCH_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "latent_size": 32,
+    "initializer_range": 0.06,
+}
+CALM_SIZES = {
+    "patch_size": PATCH_SIZE,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "latent_size": AUTOENCODER_SIZES["latent_size"],
+    "num_mlp_layers": 3,
+    "num_samples": 4,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.06,
+}
+BATCH_SIZES = {"autoencoder": 16, "calm": 8}  # blocks a step
+RANDOM_TOKENS = 0.05  # else bytes that only held-out documents have do not come back
 SAMPLE_TOKENS = 160
 
 
@@ -63,13 +86,11 @@ def run_quickstart(
 
     output = Path(output)
     stage("tokenizer and token shards")
-    paths = default_corpus() if corpus is None else list(corpus)
-    tokenizer = _train_tokenizer(paths, output)
-    shards = write_shards(read_documents(paths), tokenizer, output / "data", PATCH_SIZE)
+    tokenizer, shards = prepare_data(default_corpus() if corpus is None else list(corpus), output)
     documents = shards.header.num_documents
     stage(f"autoencoder, on {shards.num_tokens:,} tokens in {documents:,} documents")
-    budget = AUTOENCODER_SHARE * minutes
-    autoencoder = _train_autoencoder(tokenizer, shards, output / "autoencoder", budget, seed)
+    folder = output / "autoencoder"
+    autoencoder = prepare_autoencoder(tokenizer, shards, folder, AUTOENCODER_SHARE * minutes, seed)
     spent = (time.perf_counter() - start) / 60
     stage("language model")
     budget = max((1 - CLOSING_SHARE) * minutes - spent, 0.05 * minutes)
@@ -91,6 +112,12 @@ def run_quickstart(
     return metrics
 
 
+def prepare_data(paths: list[str | Path], output: Path) -> tuple[Tokenizer, TokenShards]:
+    """The first stage: a tokenizer of the text, in output, and its tokens, in output/data."""
+    tokenizer = _train_tokenizer(paths, output)
+    return tokenizer, write_shards(read_documents(paths), tokenizer, output / "data", PATCH_SIZE)
+
+
 def _train_tokenizer(paths: list[str | Path], output: Path) -> Tokenizer:
     for size in VOCAB_SIZES[:-1]:
         try:
@@ -101,16 +128,13 @@ def _train_tokenizer(paths: list[str | Path], output: Path) -> Tokenizer:
     return train_tokenizer(paths, VOCAB_SIZES[-1], output)
 
 
-def _train_autoencoder(
+def prepare_autoencoder(
     tokenizer: Tokenizer, shards: TokenShards, output: Path, minutes: float, seed: int
 ) -> Autoencoder:
+    """The second stage: an autoencoder trained to TARGET_ACCURACY, or for so many minutes."""
     config = AutoencoderConfig(
-        patch_size=PATCH_SIZE,
         vocab_size=tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=320,
-        latent_size=32,
-        initializer_range=0.06,  # about 1 / sqrt(hidden_size): 0.02 is made for larger models
+        **AUTOENCODER_SIZES,
         pad_token_id=tokenizer.pad_id,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
@@ -118,13 +142,13 @@ def _train_autoencoder(
     training = TrainingConfig(
         steps=100_000,
         minutes=minutes,
-        batch_size=16,
+        batch_size=BATCH_SIZES["autoencoder"],
         learning_rate=4e-3,
         warmup_steps=50,
         evaluate_every=50,
         evaluation_blocks=EVALUATION_BLOCKS,
         target_accuracy=TARGET_ACCURACY,
-        random_tokens=0.05,  # else bytes that only held-out documents have do not come back
+        random_tokens=RANDOM_TOKENS,
         **_common(shards, seed),
     )
     return train_autoencoder(config, shards, output, training, overwrite=True)
@@ -134,17 +158,8 @@ def _train_model(
     autoencoder: Autoencoder, shards: TokenShards, output: Path, minutes: float, seed: int
 ) -> Calm:
     config = CalmConfig(
-        patch_size=PATCH_SIZE,
         vocab_size=autoencoder.config.vocab_size,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        latent_size=autoencoder.config.latent_size,
-        num_mlp_layers=3,
-        num_samples=4,
-        max_position_embeddings=1024,
-        initializer_range=0.06,
+        **CALM_SIZES,
         pad_token_id=autoencoder.config.pad_token_id,
         bos_token_id=autoencoder.config.bos_token_id,
         eos_token_id=autoencoder.config.eos_token_id,
@@ -152,7 +167,7 @@ def _train_model(
     training = TrainingConfig(
         steps=1_000_000,
         minutes=minutes,
-        batch_size=8,
+        batch_size=BATCH_SIZES["calm"],
         learning_rate=1e-3,
         warmup_steps=50,
         evaluate_every=250,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from calm_rt.atomic import scratch_folder
-from calm_rt.benchmark import RIVALS, machine
-from calm_rt.figures import draw_bars, draw_roofline, draw_scaling
+from calm_rt.benchmark import machine
+from calm_rt.figures import COLOURS, draw_bars, draw_roofline, draw_scaling
 from calm_rt.ops.check import check
 
 RESULTS, REPORT = "results.json", "report.md"
@@ -22,8 +22,9 @@ native is. On a GPU its own clock counts, and L2 holds nothing of a call before.
 call takes beyond its arguments."""
 STEPS = """\
 Rows with the passes `step` are whole steps: of training at the sizes in calm_rt/steps.py (loss,
-backward, clipping and AdamW in fp32), and the choice of a patch at temperature 1/2 from 200 draws
-at the size of CALM-M (head, decoder and vote, calm_rt/planted.py)."""
+backward, clipping and AdamW in fp32), of the quickstart's training in that way with kernels and
+under `backend("reference")` without, and the choice of a patch at temperature 1/2 from 200 draws at
+the size of CALM-M (head, decoder and vote, calm_rt/planted.py)."""
 UNSTEADY = 1.5  # median over fastest round: more says that something else used the machine
 BUSY = 0.5  # load average, processes that run or wait: more is not an idle machine
 
@@ -116,7 +117,7 @@ def report_text(results: dict[str, Any]) -> str:
 
 def times_table(rows: list[Row]) -> str:
     """Milliseconds of each rival, and how many times faster native is."""
-    present = [rival for rival in RIVALS if any(row["rival"] == rival for row in rows)]
+    present = [rival for rival in COLOURS if any(row["rival"] == rival for row in rows)]
     others = [rival for rival in present if rival != "native"]
     lines = []
     for (case, passes), group in _groups(rows).items():
@@ -142,7 +143,7 @@ def warnings_of(results: dict[str, Any]) -> list[str]:
 
 
 def _memory_table(rows: list[Row]) -> str:
-    present = [rival for rival in RIVALS if any(row["rival"] == rival for row in rows)]
+    present = [rival for rival in COLOURS if any(row["rival"] == rival for row in rows)]
     lines = []
     for (case, passes), group in _groups(rows).items():
         peaks = {row["rival"]: row["peak_extra_bytes"] for row in group}

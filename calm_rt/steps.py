@@ -2,7 +2,8 @@
 
 A training step is loss, backward, clipping and AdamW in fp32: `official` is the official code's
 loss in eager PyTorch on the same modules, `compiled` torch.compile of it, `native` calm_rt.losses
-as calm_rt.training runs it, the encoder folded. The choice of a patch is that of planted.py.
+as calm_rt.training runs it, the encoder folded. A step of the quickstart is the same at its sizes,
+`reference` without kernels. The choice of a patch is that of planted.py.
 """
 
 import statistics
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calm_rt import benchmark, losses, official_losses
+from calm_rt import benchmark, losses, official_losses, quickstart
 from calm_rt.benchmark import QUICK_ROUNDS, Call
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, fold_encoder
 from calm_rt.training_config import TrainingConfig
@@ -21,6 +22,7 @@ from calm_rt.training_state import build_optimizer
 
 RIVALS = ("official", "compiled", "native")
 QUICK_RIVALS = ("official", "native")
+QUICKSTART_RIVALS = ("reference", "native")
 ROUNDS = 15
 SIZES = {"patch_size": 4, "vocab_size": 1024, "latent_size": 128}
 AUTOENCODER = AutoencoderConfig(hidden_size=256, intermediate_size=640, **SIZES)
@@ -34,9 +36,18 @@ CALM = CalmConfig(
 )
 NUM_TARGETS = 100
 IDS = {"calm": (8, 260), "autoencoder": (16, 512)}  # blocks and tokens: 512 rows of 8 draws; 2048
+IDS |= {
+    f"quickstart-{stage}": (batch_size, quickstart.BLOCK_SIZE)
+    for stage, batch_size in quickstart.BATCH_SIZES.items()
+}
 TRAINING = TrainingConfig()
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
+
+
+def rivals_of(kind: str, among: Sequence[str]) -> Sequence[str]:
+    """Those of the rivals that such a step has; a step of the quickstart has its own."""
+    return QUICKSTART_RIVALS if kind.startswith("quickstart") else among
 
 
 def loss_of(kind: str, rival: str) -> Loss:
@@ -49,22 +60,35 @@ def loss_of(kind: str, rival: str) -> Loss:
         return losses.energy_loss(model, ids, num_targets=NUM_TARGETS)[0]
 
     def native_autoencoder(model, ids):
-        return losses.autoencoder_loss(model, ids)[0]
+        share = quickstart.RANDOM_TOKENS if kind.startswith("quickstart") else 0.0
+        return losses.autoencoder_loss(model, ids, random_tokens=share)[0]
 
-    if rival == "native":
-        return native_energy if kind == "calm" else native_autoencoder
-    loss = official_energy if kind == "calm" else official_losses.autoencoder_loss
+    of_calm = kind.endswith("calm")
+    if rival in QUICKSTART_RIVALS:
+        return native_energy if of_calm else native_autoencoder
+    loss = official_energy if of_calm else official_losses.autoencoder_loss
     return torch.compile(loss) if rival == "compiled" else loss
+
+
+def configurations(kind: str) -> tuple[AutoencoderConfig, CalmConfig]:
+    if not kind.startswith("quickstart"):
+        return AUTOENCODER, CALM
+    size = {"vocab_size": quickstart.VOCAB_SIZES[0]}
+    return (
+        AutoencoderConfig(**quickstart.AUTOENCODER_SIZES, **size),
+        CalmConfig(**quickstart.CALM_SIZES, **size),
+    )
 
 
 def make_model(kind: str, rival: str) -> Autoencoder | Calm:
     """The same weights for every rival."""
     torch.manual_seed(0)
-    if kind == "autoencoder":
-        return Autoencoder(AUTOENCODER).train()
-    model = Calm(CALM, AUTOENCODER).train()
+    autoencoder, calm = configurations(kind)
+    if kind.endswith("autoencoder"):
+        return Autoencoder(autoencoder).train()
+    model = Calm(calm, autoencoder).train()
     nn.init.normal_(model.generative_head.final_layer.linears[2].weight, std=0.02)
-    if rival == "native":
+    if rival in QUICKSTART_RIVALS:
         fold_encoder(model.ae_model)
     return model
 
@@ -76,7 +100,7 @@ def training_step(kind: str, rival: str, device: str = "cpu") -> Call:
     settings = (TRAINING.learning_rate, TRAINING.betas, TRAINING.weight_decay)
     optimizer = build_optimizer(model, *settings)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(SIZES["vocab_size"], IDS[kind], generator=generator).to(device)
+    ids = torch.randint(model.config.vocab_size, IDS[kind], generator=generator).to(device)
 
     def step() -> Tensor:
         value = loss(model, ids)
@@ -91,7 +115,7 @@ def training_step(kind: str, rival: str, device: str = "cpu") -> Call:
 
 def training_steps(kind: str) -> Callable[[Sequence[str], str], dict[str, Call]]:
     def make(rivals: Sequence[str], device: str) -> dict[str, Call]:
-        return {rival: training_step(kind, rival, device) for rival in rivals}
+        return {rival: training_step(kind, rival, device) for rival in rivals_of(kind, rivals)}
 
     return make
 
@@ -106,11 +130,7 @@ def choices(rivals: Sequence[str], device: str) -> dict[str, Call]:
     return {rival: calls[rival] for rival in rivals}
 
 
-STEPS = {
-    "calm-training": training_steps("calm"),
-    "autoencoder-training": training_steps("autoencoder"),
-    "choice-of-a-patch": choices,
-}
+STEPS = {f"{kind}-training": training_steps(kind) for kind in IDS} | {"choice-of-a-patch": choices}
 
 
 def step_rows(
@@ -174,4 +194,5 @@ def _peak_memory(name: str, rival: str, device: str) -> int:
 
 if __name__ == "__main__":
     chosen = sys.argv[2]
-    print(benchmark.growth(STEPS[sys.argv[1]]([chosen], "cpu")[chosen]))
+    with benchmark.route(chosen):
+        print(benchmark.growth(STEPS[sys.argv[1]]([chosen], "cpu")[chosen]))

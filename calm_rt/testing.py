@@ -97,16 +97,15 @@ def _energy_case(
 
 
 def _argmax_case(name: str, maker: Callable = inputs.linear_argmax, **options: Any) -> Case:
-    benchmark, dtype = options.pop("benchmark", False), options.pop("dtype", torch.float32)
+    timing = {key: options.pop(key) for key in ("benchmark", "dtype", "rounds") if key in options}
     screened = options.pop("screened", False)
     return Case(
         "linear_argmax",
         name,
         lambda: maker(**options),
         row_dims={"hidden": 0},
-        benchmark=benchmark,
-        dtype=dtype,
         prepare=inputs.argmax_screen if screened else None,
+        **timing,
     )
 
 
@@ -232,6 +231,18 @@ CASES = (
         benchmark=True,
         dtype=torch.bfloat16,
         rows=800,
+        size=512,
+        vocabulary=128257,
+    ),
+    _argmax_case(
+        "R1024-H512-V128257", benchmark=True, rounds=7, rows=1024, size=512, vocabulary=128257
+    ),
+    _argmax_case(
+        "R1024-H512-V128257-bf16",
+        benchmark=True,
+        rounds=7,
+        dtype=torch.bfloat16,
+        rows=1024,
         size=512,
         vocabulary=128257,
     ),

@@ -72,7 +72,8 @@ def test_training_rows_as_json(script, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("calm_rt.steps.training_step", lambda *arguments: None)
     results = written_by(bench, monkeypatch, tmp_path)
     cases = [row["case"] for row in results["rows"]]
-    assert cases == ["calm-training"] * 2 + ["autoencoder-training"] * 2
+    kinds = ("calm", "autoencoder", "quickstart-autoencoder", "quickstart-calm")
+    assert cases == [f"{kind}-training" for kind in kinds for _ in times]
 
 
 def test_whole_texts_as_json(script, monkeypatch, tmp_path, folder) -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from calm_rt import benchmark, cli, ops, planted, report, steps
+from calm_rt import _native, benchmark, cli, ops, planted, quickstart, report, steps
 from calm_rt.nn import AutoencoderConfig, CalmConfig
 from calm_rt.testing import CASES
 
@@ -23,7 +23,11 @@ def small(monkeypatch):
     own = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     own |= {"num_attention_heads": 2, "num_samples": 2}
     monkeypatch.setattr(steps, "CALM", CalmConfig(**own, **sizes))
-    monkeypatch.setattr(steps, "IDS", {"calm": (2, 16), "autoencoder": (2, 16)})
+    for stage, config in (("AUTOENCODER", tiny), ("CALM", steps.CALM)):
+        names = getattr(quickstart, f"{stage}_SIZES")
+        sizes = {name: getattr(config, name) for name in names}
+        monkeypatch.setattr(quickstart, f"{stage}_SIZES", sizes)
+    monkeypatch.setattr(steps, "IDS", dict.fromkeys(steps.IDS, (2, 16)))
     kinds = {name: make for name, make in steps.STEPS.items() if "training" in name}
     monkeypatch.setattr(steps, "STEPS", kinds)
     [case] = [case for case in CASES if str(case) == "noise-normal"]
@@ -45,7 +49,9 @@ def test_steps_stand_in_the_report_and_in_a_comparison(small, tmp_path, capsys):
     results = results_of(first)
     rows = [row for row in results["rows"] if row["kind"] == "step"]
     assert {(row["case"], row["rival"]) for row in rows} == {
-        (name, rival) for name in steps.STEPS for rival in ("official", "native")
+        (f"{kind}-training", rival)
+        for kind in steps.IDS
+        for rival in steps.rivals_of(kind, steps.QUICK_RIVALS)
     }
     assert all(0 < row["min_ms"] <= row["median_ms"] for row in rows)
     for row in rows:
@@ -59,7 +65,7 @@ def test_steps_stand_in_the_report_and_in_a_comparison(small, tmp_path, capsys):
     capsys.readouterr()
     assert bench("--compare", first, second) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "training" in line]
-    assert len(lines) == 2 and all("slower" in line for line in lines)
+    assert len(lines) == 4 and all("slower" in line for line in lines)
 
 
 def test_a_report_of_an_earlier_version_is_still_compared(small, tmp_path, capsys):
@@ -97,6 +103,21 @@ def test_a_training_step_trains(small, kind):
         step = steps.training_step(kind, rival)
         losses = [float(step()) for _ in range(300)]
         assert sum(losses[-20:]) < sum(losses[:20]), rival
+
+
+@pytest.mark.parametrize("stage", ["calm", "autoencoder"])
+def test_the_quickstart_does_the_same_with_kernels_and_without(small, stage, monkeypatch):
+    called, call = [], _native.call
+    monkeypatch.setattr(_native, "call", lambda op, *rest: called.append(op) or call(op, *rest))
+    losses, kernels = {}, {}
+    for rival in steps.QUICKSTART_RIVALS:
+        step = steps.training_step(f"quickstart-{stage}", rival)
+        called.clear()
+        with benchmark.route(rival):
+            losses[rival] = [float(step()) for _ in range(3)]
+        kernels[rival] = set(called)
+    assert losses["reference"] == pytest.approx(losses["native"], rel=1e-3)
+    assert not kernels["reference"] and kernels["native"]
 
 
 def test_memory_is_that_of_a_step():
