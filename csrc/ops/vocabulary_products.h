@@ -21,12 +21,13 @@ bool few_rows(int64_t rows) {
 }
 
 // Entries of the vocabulary that a product takes. On the GPU one fills the device; on the CPU there are sixteen blocks
-// for as many threads, of a size at which the library is fast and the gradient of the weight stays in a cache.
+// for as many threads, of a size at which the library is fast and the gradient of the weight stays in a cache; of 256
+// entries two, for one would leave all but one thread idle.
 template <class Device>
 int64_t vocabulary_block(int64_t vocabulary, int64_t rows) {
   if (!std::is_same_v<Device, Cpu>) return std::min<int64_t>(vocabulary, 16384);
   const auto part = [&](int64_t parts) { return (vocabulary / parts + 63) / 64 * 64; };
-  const int64_t narrowest = few_rows<Device>(rows) ? std::clamp<int64_t>(part(4), 256, 1024) : 128;
+  const int64_t narrowest = few_rows<Device>(rows) ? std::clamp<int64_t>(part(4), 128, 1024) : 128;
   return std::min(vocabulary, std::clamp<int64_t>(part(16), narrowest, 2048));
 }
 
