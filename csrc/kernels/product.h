@@ -4,8 +4,9 @@
 //
 // Where the library multiplies floats below the processor's rate, which its choice of instructions by the processor's
 // maker brings about, the ops multiply here instead (own_products in common/isa.h). Each number of `out` is a sum over
-// depth in one order, whatever surrounds it and wherever it lies in memory: a row's bits depend only on whether there
-// are more than four rows. Reads a once for every 384 columns and b once; computes rows * depth * columns products.
+// depth in one order, whatever surrounds it and at whatever address: a row's bits depend on whether there are more than
+// four rows and, up to four, on which of a and b lies transposed. Packed, reads a once for every 384 columns and b
+// once; where it is not (few rows, shallow sums), b once for every four rows. Computes rows * depth * columns products.
 #pragma once
 #include <cstdint>
 

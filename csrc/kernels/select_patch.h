@@ -53,6 +53,13 @@ CALM_HOST_DEVICE bool same_patch(const int64_t* a, const int64_t* b, int64_t pat
   return true;
 }
 
+// Slots of a hash table of a pool's patches on the CPU: a power of two, at most half of them full.
+CALM_HOST_DEVICE int64_t patch_table_size(int64_t pool) {
+  int64_t size = 2;
+  while (size < 2 * pool) size *= 2;
+  return size;
+}
+
 void launch(Cpu device, const SelectPatch& p);
 void launch(Cuda device, const SelectPatch& p);
 

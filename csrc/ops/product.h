@@ -1,11 +1,12 @@
 // Products that have the same bits for every number of threads, by the library or, of floats where that is slow, by
 // kernels/product.h.
 //
-// A product on several threads may share its inner dimension out among them. Here threads take tasks, cut by shapes
-// alone, and within a parallel region the library computes each product on one thread: the tasks are those of an op, or
-// ranges of the columns of a product that is called outside of tasks. torch's operators rely on thread-local state that
-// its worker threads do not have, so a task wraps its operands from pointers and calls the product's CPU kernel itself.
-// On a GPU tasks follow each other in the stream.
+// A product on several threads may share its inner dimension out among them. Here threads take tasks, and within a
+// parallel region the library computes each product on one thread: the tasks are those of an op, or ranges of the
+// columns of a product that is called outside of tasks. They are cut by shapes alone, but for the columns of our own
+// products, whose sums have one order whatever the cut: those by the number of threads. torch's operators rely on
+// thread-local state that its worker threads do not have, so a task wraps its operands from pointers and calls the
+// product's CPU kernel itself. On a GPU tasks follow each other in the stream.
 #pragma once
 #include <algorithm>
 #include <array>

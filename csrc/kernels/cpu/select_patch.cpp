@@ -81,8 +81,7 @@ void select_patch_kernel(const SelectPatch& p, int64_t* table, int64_t table_siz
 #ifdef CALM_ISA_PORTABLE
 void launch(Cpu device, const SelectPatch& p) {
   if (p.num_rows == 0) return;
-  int64_t table_size = 2;
-  while (table_size < 2 * p.pool) table_size *= 2;             // at most half full
+  const int64_t table_size = patch_table_size(p.pool);
   const int64_t grain = 1 + 16384 / (p.pool * (p.patch + 4));  // about 20 us of work
   parallel_blocks(device, p.num_rows, grain, [&](Blocks& blocks) {
     auto table = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(table_size));

@@ -44,12 +44,13 @@ void survivors_kernel(const Survivors& p, int64_t* table, int64_t table_size, in
 
 #ifdef CALM_ISA_PORTABLE
 void launch(Cpu device, const Survivors& p) {
-  int64_t table_size = 2;
-  while (table_size < 2 * p.pool) table_size *= 2;             // at most half full
+  const int64_t table_size = patch_table_size(p.pool);
   const int64_t grain = 1 + 16384 / (p.pool * (p.depth + 4));  // about 20 us of work
-  parallel_rows(device, p.num_rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_blocks(device, p.num_rows, grain, [&](Blocks& blocks) {
     auto table = std::make_unique_for_overwrite<int64_t[]>(static_cast<size_t>(table_size));
-    CALM_SELECT(survivors_kernel)(p, table.get(), table_size, begin, end);
+    for (int64_t begin, end; blocks.take(begin, end);) {
+      CALM_SELECT(survivors_kernel)(p, table.get(), table_size, begin, end);
+    }
   });
   const int64_t all = p.num_rows * p.pool;
   int64_t next = 0;
