@@ -1,7 +1,7 @@
 """One training step of a small CALM and of its autoencoder: official, compiled and native; those
 of the quickstart with kernels and without, and how long its autoencoder takes to its target.
 
-    pytest benchmarks -k training
+    pytest benchmarks -k test_training_step
     pytest benchmarks -k quickstart
     python benchmarks/bench_training.py [--profile] [--json FILE]
 

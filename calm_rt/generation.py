@@ -69,9 +69,10 @@ class Generator:
         steps_per_read: steps of the whole batch before the host looks at what was drawn, where all
             its sequences have the same settings and method "pool" and stand behind their first
             patch; None for 8 where the model is on a GPU, otherwise 1. On a GPU each of them is one
-            replay of a CUDA graph; the draws are the same, pools are decoded whole, and a sequence
-            that ends in between wastes what is left of them. Above 1 the cache and the graphs of a
-            call stay for the next. batch_invariant takes single steps, whatever is given.
+            replay of a CUDA graph; the draws are the same, large pools are decoded slot by slot
+            without a look by the host, and a sequence that ends in between wastes what is left of
+            them. Above 1 the cache and the graphs of a call stay for the next. batch_invariant
+            takes single steps, whatever is given.
         raises: ValueError for a model or tokenizer that does not fit.
         """
         kind = "a Calm (a language model, not an autoencoder)"

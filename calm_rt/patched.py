@@ -5,6 +5,7 @@ its signature. What it needs stands in `Patch`, on the instance; where that is g
 model was unpatched while somebody else's wrapper kept the method, the official method runs.
 Random numbers come from torch's generator of the device as one seed a call, and from there by
 logical rows, so torch.manual_seed repeats them and ranks with equal seeds still draw apart.
+Diffusion and flow heads draw by themselves, from torch's own generators.
 """
 
 import copy

@@ -26,7 +26,7 @@ SWITCHES = {
     "encoder_target": "encode, without gradient and outside autocast",
     "energy_score": "energy_score, no [S, M, R, L] differences",
     "head_sampling": "sample_latents, contexts not repeated",
-    "temperature_sampling": "decode and select_patch, no logits, nothing on the host",
+    "temperature_sampling": "tuples and a lazy pool as in Generator, no logits",
     "eval_brier": "all pairs of draws, decoded without logits",
     "generate": "calm_rt.Generator, which refuses lengths beyond max_position_embeddings",
 }
@@ -76,8 +76,8 @@ def patch(
 
     model: of the official Autoencoder, EnergyTransformer, DiffusionTransformer or FlowTransformer
         or of a fork with other names and the same parts, also inside DistributedDataParallel or
-        torch.compile. Patch before the optimizer is made
-        and before Trainer, DistributedDataParallel or torch.compile get the model.
+        torch.compile. Patch before the optimizer is made and before Trainer,
+        DistributedDataParallel or torch.compile get the model.
     autoencoder_loss, encoder_target, energy_score, head_sampling, temperature_sampling,
         eval_brier, generate: which parts to replace.
     fold_encoder: encode targets by table (see `nn.fold_encoder`: K V H numbers); after moving or

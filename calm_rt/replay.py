@@ -74,7 +74,7 @@ class Steps:
         self._step.add_(1)
 
     def _capture(self) -> None:
-        """What the two trial steps write into the cache lies behind its end."""
+        """What the trial step writes into the cache lies behind its end."""
         lengths, stream = self._cache.lengths.clone(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries make what they need, which a capture may not

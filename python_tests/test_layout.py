@@ -28,7 +28,7 @@ def test_every_op_has_reference_case_and_docs(op: str) -> None:
     assert inspect.getmodule(function).__name__ == f"calm_rt.ops.{op}"
     assert callable(getattr(reference, op))
     assert any(case.op == op and not case.benchmark for case in CASES)
-    for word in ("returns:", "Raises ValueError"):
+    for word in ("returns:", "Raises ValueError", "Source:"):
         assert word in function.__doc__, f"{op}: docstring lacks {word}"
     for name in inspect.signature(function).parameters:
         assert re.search(rf"\b{name}\b", function.__doc__), (

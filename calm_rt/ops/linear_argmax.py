@@ -23,8 +23,9 @@ def linear_argmax(
     weight: [V, H], V at least 1.
     screen: what `screen_vocabulary` made of this weight, which then need not be read; the ids are
         the same with it and without. None to round the weight in passing.
-    count: [] int64 on hidden's device: only the first so many rows are wanted, the others get -1
-        and cost next to nothing, without a look by the host. None for all.
+    count: [] int64 on hidden's device: only the first so many rows are wanted, the others get
+        -1, without a look by the host. Kernels spare them, but for the library's products on a GPU
+        (H no multiple of 8). None for all.
     returns: [R] int64; no gradient. The kernel's ids are those of exact arithmetic on the inputs
         on every device, the reference's those of a product rounded to the inputs' type.
     Memory: no [R, V] logits; on the CPU no score at all, [R, H] of 8-bit numbers; on a GPU one
