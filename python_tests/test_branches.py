@@ -56,7 +56,8 @@ def reread(model):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("patch_size", [1, 4, 6])
 def test_the_cache_changes_no_score(kind, patch_size, monkeypatch):
-    model, documents = make_model(kind), make_documents(97, 60, 33, 60)
+    # in float32 a path may part where its random number meets an edge between two tokens
+    model, documents = make_model(kind, torch.float64), make_documents(97, 60, 33, 60)
     options = {"patch_size": patch_size, "num_draws": 2, "num_bootstrap": 20, "seed": 3}
     options["max_patches"] = 100
     expected = calm_rt.brier_lm(reread(model), documents, **options)
