@@ -225,6 +225,14 @@ CASES = (
         "first-3-R5-H16-V37", inputs.first_argmax, rows=5, size=16, vocabulary=37, count=3
     ),
     _argmax_case("ties", inputs.ties, rows=9, size=24, vocabulary=300),
+    # more rows than the 64 of one band and an H that 8 divides: the warpgroups' kernel on an H200
+    _argmax_case("R130-H72-V311", rows=130, size=72, vocabulary=311),
+    _argmax_case(
+        "first-40-R130-H72-V311", inputs.first_argmax, rows=130, size=72, vocabulary=311, count=40
+    ),
+    _argmax_case(  # more slices of 64 columns than its ring has stages
+        "R130-H328-V311-bf16", dtype=torch.bfloat16, rows=130, size=328, vocabulary=311
+    ),
     _argmax_case("R800-H512-V128257", benchmark=True, rows=800, size=512, vocabulary=128257),
     _argmax_case(
         "R800-H512-V128257-bf16",
@@ -310,6 +318,7 @@ CASES = (
     ),
     _decode_case("R5-K4-H16", 5, 31, 16, 40, 8, 4),
     _decode_case("R150-K2-H13", 150, 301, 13, 21, 5, 2),
+    _decode_case("R70-K4-H16", 70, 301, 16, 40, 8, 4),  # 280 rows of the vocabulary's product
     _decode_case("R200-K4-H512-V128257", *DECODER_SIZES, benchmark=True),
     _decode_case("R200-K4-H512-V128257-bf16", *DECODER_SIZES, benchmark=True, dtype=torch.bfloat16),
     _sample_case(5, 16, 3),

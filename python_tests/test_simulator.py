@@ -208,9 +208,17 @@ def check_argmax(simulator, hidden: Tensor, weight: Tensor) -> None:
         assert torch.equal(simulator.linear_argmax(hidden, weight, None), expected)
 
 
+@pytest.fixture(params=[80, 90])
+def capability(simulator, request):
+    """Without and with warpgroups' products."""
+    simulator.set_capability(request.param)
+    yield
+    simulator.set_capability(80)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ARGMAX_CASES, ids=str)
-def test_argmax_is_exact(simulator, case: Case, dtype: torch.dtype) -> None:
+def test_argmax_is_exact(simulator, capability, case: Case, dtype: torch.dtype) -> None:
     arguments = case.make(dtype)
     check_argmax(simulator, arguments["hidden"], arguments["weight"])
 
@@ -224,15 +232,8 @@ def test_argmax_over_several_blocks_of_the_vocabulary(simulator, dtype: torch.dt
     check_argmax(simulator, hidden, weight)
 
 
-@pytest.fixture
-def hopper(simulator):
-    simulator.set_capability(90)
-    yield
-    simulator.set_capability(80)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_argmax_by_warpgroups_is_exact(simulator, hopper, dtype: torch.dtype) -> None:
+def test_argmax_over_several_tiles(simulator, capability, dtype: torch.dtype) -> None:
     """Two tiles of rows and two of entries, the last of each in part, and two slices of columns."""
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(311, 72, generator=generator).to(dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_ops import all_devices
 from test_select_patch import POOLS, random_pools
-from test_simulator import DTYPES, SCHEDULES, hopper, simulator  # noqa: F401
+from test_simulator import DTYPES, SCHEDULES, capability, simulator  # noqa: F401
 
 import calm_rt
 from calm_rt import ops, reference
@@ -60,13 +60,8 @@ def test_argmax_of_the_first_rows(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [40, 33])  # by groups, and by the library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_simulated_argmax_of_the_first_rows(simulator, size, dtype) -> None:  # noqa: F811
+def test_simulated_argmax_of_the_first_rows(simulator, capability, size, dtype) -> None:  # noqa: F811
     check_count(simulator.linear_argmax, size, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_argmax_of_the_first_rows_by_warpgroups(simulator, hopper, dtype) -> None:  # noqa: F811
-    check_count(simulator.linear_argmax, 40, dtype)
 
 
 def test_bad_count() -> None:
