@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ RIVALS = {  # columns of the table: how many times as long they take
     "liger": "x Liger",
     "library_tier": "x library tier",
 }
+SANITIZED = "cuda and (two_runs or views and offset and argmax)"  # of test_ops.py
 WORKERS = 8  # of pytest-xdist: the laws are many small calls, of which most time passes on the host
 
 Command = list[str]
@@ -50,11 +51,13 @@ class Part:
 
     what: in words.  seconds: for all of its commands.
     commands: makes them, or raises Missing.
+    environment: variables that its commands get beside this process's own.
     """
 
     what: str
     seconds: int
     commands: Callable[[], list[Command]]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 class Missing(Exception):
@@ -69,10 +72,10 @@ def build_commands() -> list[Command]:
     ]
 
 
-def pytest_command(*arguments: str) -> Command:
+def pytest_command(*arguments: str, select: str = "cuda") -> Command:
     if importlib.util.find_spec("pytest") is None:
         raise Missing("pytest is not installed for this Python")
-    return [sys.executable, "-m", "pytest", "-q", "-k", "cuda", *arguments]
+    return [sys.executable, "-m", "pytest", "-q", "-k", select, *arguments]
 
 
 def law_commands() -> list[Command]:
@@ -92,11 +95,11 @@ def conformance_commands() -> list[Command]:
 
 
 def sanitizer_commands() -> list[Command]:
-    """Both tools over two calls of every op, our kernels alone."""
+    """Both tools over two calls of every op, and argmax of misaligned views; our kernels alone."""
     tool = find_tool("compute-sanitizer")
     listing = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout
     only = "--kernel-name" if "--kernel-name" in listing else "--filter"
-    tests = pytest_command("python_tests/test_ops.py::test_two_runs_are_bitwise_equal")
+    tests = pytest_command("python_tests/test_ops.py", select=SANITIZED)
     options = [only, "kns=calm_rt", "--error-exitcode", "9", "--target-processes", "all"]
     return [[tool, "--tool", name, *options, *tests] for name in ("memcheck", "racecheck")]
 
@@ -106,10 +109,17 @@ def bench_commands() -> list[Command]:
 
 
 PARTS = {
-    "build": Part("the extension, with this machine's torch", 150, build_commands),
+    "build": Part(  # without nvcc it fails, where AUTO would leave the kernels out
+        "the extension, with this machine's torch", 150, build_commands, {"CALM_RT_CUDA": "ON"}
+    ),
     "laws": Part("every law on cuda; streams, graphs, bad input, 2^31 scores", 160, law_commands),
     "conformance": Part("each primitive, on the device as simulated", 40, conformance_commands),
-    "sanitizer": Part("memcheck and racecheck over every kernel", 90, sanitizer_commands),
+    "sanitizer": Part(  # torch's cache would hide what lies past a tensor in a block of its own
+        "memcheck and racecheck over every kernel",
+        90,
+        sanitizer_commands,
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    ),
     "bench": Part("every op against its rivals", 160, bench_commands),
 }
 
@@ -149,7 +159,7 @@ def run_part(name: str, part: Part, seconds: float) -> dict[str, Any]:
         with log.open("w") as out:
             for command in part.commands():
                 left = limit - (time.monotonic() - start)
-                reason = run_command(command, left, out)
+                reason = run_command(command, left, out, part.environment)
                 if reason is not None:
                     break
     except Missing as missing:
@@ -162,11 +172,13 @@ def run_part(name: str, part: Part, seconds: float) -> dict[str, Any]:
     return result | {"reason": reason}
 
 
-def run_command(command: Command, seconds: float, out: Any) -> str | None:
+def run_command(
+    command: Command, seconds: float, out: Any, variables: dict[str, str]
+) -> str | None:
     """Why it did not end well; None if it did. Whatever it started ends with it."""
     if seconds <= 0:
         return "no time was left"
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2", **variables}
     # in a session of its own, so that an end on time also reaches what it started
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True

@@ -1,5 +1,6 @@
 """`make gpu` without a GPU: it says so; its parts, limits and results behave."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -84,6 +85,37 @@ def test_a_part_ends_at_its_limit_with_what_it_started(gpu, monkeypatch, tmp_pat
     assert status == 1 and "stopped after 1 s" in result["parts"]["slow"]["reason"]
     time.sleep(max(0, start + 3 - time.monotonic()))
     assert not late.exists()
+
+
+def test_a_part_has_its_own_environment(gpu, monkeypatch, tmp_path) -> None:
+    environments = {name: one.environment for name, one in gpu.PARTS.items() if one.environment}
+    assert environments == {
+        "build": {"CALM_RT_CUDA": "ON"},
+        "sanitizer": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    }
+    monkeypatch.setenv("CALM_RT_CUDA", "AUTO")
+    one = part(gpu, "import os; assert os.environ['CALM_RT_CUDA'] == 'ON'")
+    needs_it = dataclasses.replace(one, environment=environments["build"])
+    status, result = run(gpu, monkeypatch, tmp_path / "results", needs_it=needs_it, plain=one)
+    assert status == 1
+    assert [outcome["passed"] for outcome in result["parts"].values()] == [True, False]
+
+
+def test_the_sanitizer_sees_the_warpgroups_kernel(gpu, monkeypatch) -> None:
+    """In both types, and misaligned. -k takes the names of tests as they are on a GPU."""
+    monkeypatch.setattr(gpu, "find_tool", lambda name: sys.executable)
+    *_, selected, file = gpu.sanitizer_commands()[0]
+    collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-k"]
+    selected = selected.replace("cuda", "cpu")  # where the same cases are collected
+    result = subprocess.run([*collect, selected, file], cwd=ROOT, capture_output=True, text=True)
+    for case in (
+        "linear_argmax-R130-H72-V311",
+        "linear_argmax-R130-H328-V311-bf16",
+        "decode-R70-K4-H16",
+    ):
+        assert f"::test_two_runs_are_bitwise_equal[cpu-{case}]" in result.stdout
+        if "argmax" in case:
+            assert f"::test_views_equal_contiguous[cpu-{case}-_offset]" in result.stdout
 
 
 def test_parts_share_ten_minutes(gpu, monkeypatch, tmp_path) -> None:
