@@ -42,6 +42,12 @@ def test_every_kernel_file_is_compiled_for_every_architecture(kernels) -> None:
         assert {kernel.file for kernel in kernels if kernel.architecture == architecture} == sources
 
 
+def test_every_kernel_file_brings_ptx_for_newer_devices(resources) -> None:
+    sources = {path.stem for path in (ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")}
+    listing = resources.dump("--list-ptx")
+    assert set(re.findall(r": (\w+)\.sm_80\.ptx", listing)) == sources
+
+
 def test_no_kernel_has_local_memory(kernels) -> None:
     """A spill, an array with an index that is known only at run time, or a call with a stack."""
     assert kernels
