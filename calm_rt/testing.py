@@ -308,6 +308,7 @@ CASES = (
     _encode_case("R3-K1-H7", inputs.encode, 3, 5, 7, 9, 3, 1),
     _encode_case("folded-R5-K4-H16", inputs.folded_encode, 5, 31, 16, 40, 8, 4),
     _encode_case("folded-R200-K3-H13", inputs.folded_encode, 200, 50, 13, 21, 5, 3),
+    _encode_case("folded-R3-K16-H9", inputs.folded_encode, 3, 7, 9, 12, 5, 16),
     _encode_case("R2048-K4-H512-V8192", inputs.encode, *ENCODER_SIZES, benchmark=True),
     _encode_case(
         "folded-R2048-K4-H512-V8192",
@@ -319,6 +320,7 @@ CASES = (
     _decode_case("R5-K4-H16", 5, 31, 16, 40, 8, 4),
     _decode_case("R150-K2-H13", 150, 301, 13, 21, 5, 2),
     _decode_case("R70-K4-H16", 70, 301, 16, 40, 8, 4),  # 280 rows of the vocabulary's product
+    _decode_case("R3-K16-H9", 3, 31, 9, 12, 5, 16),
     _decode_case("R200-K4-H512-V128257", *DECODER_SIZES, benchmark=True),
     _decode_case("R200-K4-H512-V128257-bf16", *DECODER_SIZES, benchmark=True, dtype=torch.bfloat16),
     _sample_case(5, 16, 3),
@@ -333,6 +335,7 @@ CASES = (
     _patch_case(4, 20, 2, 3),
     _patch_case(3, 1, 1, 2),
     _patch_case(2, 150, 5, 200),
+    _patch_case(2, 40, 16, 3),
     _patch_case(1, 200, 4, 2, inputs.model_pool, benchmark=True),
     _patch_case(32, 200, 4, 2, inputs.model_pool, benchmark=True),
     _patch_case(1, 1000, 4, 2, inputs.model_pool, benchmark=True),

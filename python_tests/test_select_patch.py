@@ -57,7 +57,7 @@ def test_choices_equal_the_reference(sizes: tuple[int, ...], n: int, device: str
 
 @pytest.mark.parametrize("n", [1, 2, 3, 60, 2**40])
 @pytest.mark.parametrize(
-    "sizes", [(40, 1, 3, 2), (20, 60, 2, 3), (4, 530, 1, 400), (2, 4500, 1, 9)]
+    "sizes", [(40, 1, 3, 2), (20, 60, 2, 3), (9, 60, 16, 3), (4, 530, 1, 400), (2, 4500, 1, 9)]
 )
 def test_simulated_choices_equal_the_kernel(simulator, sizes: tuple[int, ...], n: int) -> None:  # noqa: F811
     tokens, rows = random_pools(*sizes, seed=n % 1009), row_ids(sizes[0])
