@@ -98,10 +98,12 @@ def decode_slots(
     check(len(rows) == len(slots), "rows", f"those of {len(slots)} slots", len(rows))
     wanted = []
     for of_slot, slot, bias in zip(rows, slots, biases, strict=True):
-        padded = F.pad(of_slot, (0, spare_rows(len(of_slot), hidden)))
+        spare = spare_rows(len(of_slot), hidden)
+        padded = F.pad(of_slot, (0, spare)) if spare else of_slot
         wanted.append(F.linear(hidden[padded], slot, bias)[: len(of_slot)])
     total = sum(map(len, wanted))
-    wanted.append(hidden.new_zeros(spare_rows(total, hidden), hidden.shape[1]))
+    if spare := spare_rows(total, hidden):
+        wanted.append(hidden.new_zeros(spare, hidden.shape[1]))
     tokens = _decode_tokens(torch.cat(wanted), weights, eps)[:total]  # [N, H]
     return linear_argmax(tokens, weights.vocabulary, weights.screen, count)
 
