@@ -6,6 +6,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,69 +60,32 @@ class Bug:
         return self.file if self.file.endswith(".cu") else self.user
 
 
-def energy_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "energy_score.cu", old, new, report, build)
+def bug_in(file: str, default_user: str = "energy_score.cu") -> Callable[..., Bug]:
+    """Makes bugs of one file.  default_user: the kernel that is compiled where it is a header."""
+
+    def make(
+        name: str, old: str, new: str, report: str, build: str = "plain", user: str = default_user
+    ) -> Bug:
+        return Bug(name, file, old, new, report, build, user)
+
+    return make
 
 
-def reduce_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "reduce.cuh", old, new, report, build)
-
-
-def patch_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "select_patch.cu", old, new, report, build)
-
-
-def keys_bug(
-    name: str, old: str, new: str, report: str, build: str = "plain", user: str = "select_patch.cu"
-) -> Bug:
-    return Bug(name, "candidates.cuh", old, new, report, build, user)
-
-
-def survivors_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "survivors.cu", old, new, report, build)
-
-
-def argmax_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "linear_argmax.cu", old, new, report, build)
-
-
-def winner_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "winner.cuh", old, new, report, build, "linear_argmax.cu")
-
-
-def groups_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "argmax_groups.cu", old, new, report, build)
-
-
-def bounds_bug(name: str, old: str, new: str, report: str, user: str = "argmax_groups.cu") -> Bug:
-    return Bug(name, "bounds.cuh", old, new, report, "plain", user)
-
-
-def warpgroups_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "argmax_warpgroups.cu", old, new, report, build)
-
-
-def cross_entropy_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "linear_cross_entropy.cu", old, new, report, build)
-
-
-def head_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "sample_latents.cu", old, new, report, build)
-
-
-def sums_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "column_sums.cuh", old, new, report, build, "sample_latents.cu")
-
-
-def rows_bug(
-    name: str, old: str, new: str, report: str, build: str = "plain", user: str = "gated_mlp.cu"
-) -> Bug:
-    return Bug(name, "sum_rows.cuh", old, new, report, build, user)
-
-
-def mlp_bug(name: str, old: str, new: str, report: str, build: str = "plain") -> Bug:
-    return Bug(name, "gated_mlp.cu", old, new, report, build)
-
+energy_bug = bug_in("energy_score.cu")
+reduce_bug = bug_in("reduce.cuh")
+patch_bug = bug_in("select_patch.cu")
+keys_bug = bug_in("candidates.cuh", "select_patch.cu")
+survivors_bug = bug_in("survivors.cu")
+argmax_bug = bug_in("linear_argmax.cu")
+winner_bug = bug_in("winner.cuh", "linear_argmax.cu")
+groups_bug = bug_in("argmax_groups.cu")
+bounds_bug = bug_in("bounds.cuh", "argmax_groups.cu")
+warpgroups_bug = bug_in("argmax_warpgroups.cu")
+cross_entropy_bug = bug_in("linear_cross_entropy.cu")
+head_bug = bug_in("sample_latents.cu")
+sums_bug = bug_in("column_sums.cuh", "sample_latents.cu")
+rows_bug = bug_in("sum_rows.cuh", "gated_mlp.cu")
+mlp_bug = bug_in("gated_mlp.cu")
 
 RACE = "ThreadSanitizer: data race"
 WRONG = "mismatches"
@@ -328,7 +292,9 @@ BUGS = (
     bounds_bug("one-lane-of-two", "offset < 4", "offset < 2", WRONG),
     groups_bug("one-candidate-a-group", NEXT_WINS, "false", WRONG),
     groups_bug("nan-is-no-group", "isnan(largest) ||", "", WRONG),
-    bounds_bug("entries-beyond-the-last", LANE_LIMIT, "top.add", WRONG, "argmax_warpgroups.cu"),
+    bounds_bug(
+        "entries-beyond-the-last", LANE_LIMIT, "top.add", WRONG, user="argmax_warpgroups.cu"
+    ),
     warpgroups_bug("copies-not-waited-for", FULL_WAIT, "", WRONG),
     warpgroups_bug(
         "bytes-not-expected",
