@@ -60,6 +60,18 @@ class GatedMLP(nn.Module):
         """x: [..., H].  returns: [..., H]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """gate and up [I, H], down [H, I], as `ops` take them."""
+        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+
+    def is_plain(self) -> bool:
+        """Whether the three maps are nothing but their weights: neither replaced by others, as
+        adapters and quantisation do, nor with hooks, which only a call of a module runs."""
+        return not any(
+            type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks
+            for part in (self.gate_proj, self.up_proj, self.down_proj)
+        )
+
 
 class AutoencoderLayer(nn.Module):
     """The parameters of one residual gated MLP."""
@@ -71,10 +83,7 @@ class AutoencoderLayer(nn.Module):
 
     def weights(self) -> MlpWeights:
         """The parameters as `ops` take them."""
-        mlp = self.mlp
-        return MlpWeights(
-            self.layernorm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-        )
+        return MlpWeights(self.layernorm.weight, *self.mlp.weights())
 
 
 class Encoder(nn.Module):

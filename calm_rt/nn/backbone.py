@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm_rt import reference
+from calm_rt import ops, reference
 from calm_rt.nn.autoencoder import GatedMLP, RMSNorm, init_weights
 from calm_rt.nn.config import CalmConfig
 from calm_rt.ops.check import check, check_shape, may_look
@@ -189,7 +189,10 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
         """x: [B, P, H].  returns: [B, P, H]."""
         x = x + self.self_attn(self.input_layernorm(x), place, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        norm = self.post_attention_layernorm
+        if not self.mlp.is_plain():
+            return x + self.mlp(norm(x))
+        return ops.gated_mlp(x, norm.weight, *self.mlp.weights(), eps=norm.eps)
 
 
 class Transformer(nn.Module):
