@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_simulator import SCHEDULES, simulator  # noqa: F401  (a fixture)
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import calm_rt
@@ -73,3 +74,23 @@ def test_simulated_sample_latents(simulator, case, dtype: torch.dtype) -> None: 
         own = (native - value).abs().max()
         few_eps = 4 * torch.finfo(simulated.dtype).eps * (value.abs() + 1)
         assert ((simulated - value).abs() <= 2 * own + few_eps).all()
+
+
+def test_seeds_and_rows_made_in_other_modes_serve_a_gradient() -> None:
+    """Tensors of a seed and of row ids are kept for the next call, which may be of another mode."""
+    num_rows, seeds = 37, (90417, 90418)  # of no other test
+
+    def draw(seed: int | Tensor) -> tuple[Tensor, Tensor]:
+        arguments = inputs.sample_latents(num_rows, 8, 2) | {"seed": seed, "rows": None}
+        hidden = arguments["hidden"].detach().requires_grad_()
+        return hidden, ops.sample_latents(**{**arguments, "hidden": hidden})
+
+    with torch.inference_mode():
+        draw(seeds[0])
+    with FakeTensorMode():
+        assert isinstance(draw(seeds[1])[1], FakeTensor)
+    for seed in seeds:
+        hidden, latents = draw(seed)
+        latents.sum().backward()
+        assert type(latents) is Tensor and hidden.grad.abs().sum() > 0
+        assert torch.equal(latents, draw(torch.tensor(seed))[1])

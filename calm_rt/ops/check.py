@@ -4,8 +4,9 @@ They look at shapes, types and devices, and at values only where `may_look` says
 so they neither wait for a device nor break a `torch.compile` graph.
 """
 
+import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from calm_rt.reference import (
     LinearWeights,
     MlpWeights,
 )
+
+CPU = torch.device("cpu")
+MOST_REMEMBERED = 1024  # row ids
 
 
 def check(condition: bool, name: str, expected: object, got: object) -> None:
@@ -213,7 +217,7 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
             raise ValueError(f"seed: expected {expected}, got {seed!r}") from None
     if not torch.compiler.is_compiling():
         check(-(2**63) <= seed < 2**63, "seed", "an int of 64 bits, -2^63 to 2^63 - 1", seed)
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    return _remembered(_seed_tensor, seed, device)
 
 
 def seed_and_rows(
@@ -226,12 +230,36 @@ def seed_and_rows(
     returns: [] int64, [R] int64.
     """
     if rows is None:
-        rows = torch.arange(num_rows, device=device)
+        few = num_rows <= MOST_REMEMBERED
+        rows = _remembered(_first_rows, num_rows, device) if few else _first_rows(num_rows, device)
     elif not isinstance(rows, Tensor) or not _is_int64(rows, (num_rows,), device):
         check_shape("rows", rows, R=num_rows)
         check_int64("rows", rows)
         check_device(device, rows=rows)
     return as_seed(seed, device), rows
+
+
+def _remembered(make: Callable, value: int, device: torch.device) -> Tensor:
+    """make(value, device), the same tensor as in an earlier call where nothing can tell: making
+    one takes a microsecond, of 3 to 9 that an op of few rows takes."""
+    in_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if device == CPU and not in_mode:  # which may make a fake tensor
+        return _on_host(make, value)
+    return make(value, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_host(make: Callable, value: int) -> Tensor:
+    with torch.inference_mode(False):  # a tensor of that mode could not be saved for a backward
+        return make(value, CPU)
+
+
+def _seed_tensor(seed: int, device: torch.device) -> Tensor:
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _first_rows(num_rows: int, device: torch.device) -> Tensor:
+    return torch.arange(num_rows, device=device)
 
 
 def _is_int64(tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> bool:
