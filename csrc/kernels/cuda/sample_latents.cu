@@ -77,13 +77,14 @@ struct Statistics {
 template <class T>
 __device__ __forceinline__ Statistics statistics(const NormInput<T>& input, int64_t line, int64_t size, float eps,
                                                  bool packed) {
+  constexpr float kSmall = 0x1p-32f;  // so that the sum does not overflow; bits are lost below 2^-94, where eps rules
   float total = 0, squares = 0;
   each_eight(size, [&](int64_t i) {
     const Run<kEight> run = load_input(input, line, i, size, packed);
 #pragma unroll
-    for (int e = 0; e < kEight; ++e) total += run.value[e];
+    for (int e = 0; e < kEight; ++e) total += run.value[e] * kSmall;
   });
-  const float mean = warp_sum(total) / static_cast<float>(size);
+  const float mean = warp_sum(total) / static_cast<float>(size) / kSmall;
   each_eight(size, [&](int64_t i) {
     const Run<kEight> run = load_input(input, line, i, size, packed);
 #pragma unroll
