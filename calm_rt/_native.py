@@ -121,9 +121,9 @@ def why_reference(
     if device == "cuda":
         if not _has_cuda:
             return "the extension was built without CUDA (CALM_RT_CUDA=ON builds it with nvcc)"
-        if not torch.compiler.is_compiling() and _capability(index) < OLDEST_CAPABILITY:
-            have, need = (".".join(map(str, c)) for c in (_capability(index), OLDEST_CAPABILITY))
-            return f"the GPU has compute capability {have}, and the kernels need {need} or newer"
+        too_old = _why_too_old(index)
+        if too_old is not None:
+            return too_old
     if dtype not in dtypes[device]:
         return f"{op} has no kernel for {dtype} on {device}"
     return None
@@ -139,6 +139,20 @@ def _why_transformed(op: str) -> str | None:
     if interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Grad:
         return f"{op} has no kernel for torch.func's gradients"
     return None
+
+
+def _why_too_old(index: int) -> str | None:
+    """Why the kernels do not run on this GPU; None where they do."""
+    capability = _capability(index)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    have, need = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    return f"the GPU has compute capability {have}, and the kernels need {need} or newer"
+
+
+# What torch.compiler.assume_constant_result sets: dynamo calls the function instead of tracing it,
+# which would end the graph. The decorator itself imports dynamo, for a second.
+_why_too_old._dynamo_marked_constant = True
 
 
 @functools.cache

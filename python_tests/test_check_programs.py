@@ -132,6 +132,7 @@ EXPECTED = "barrier_arrive_expecting(&full[place.stage], kStageBytes);"
 SLICE_READ = "products_read<1>();"
 SUMS_DONE = "        products_done(sum);\n"
 LAST_READ = "        if (lane == 0) barrier_arrive(&read[last]);\n"
+WHOLE_ADDRESS = "&& reinterpret_cast<uintptr_t>(tensor) % sizeof(Pack<T, COUNT>) == 0"
 BARRIERS_READY = "    __syncthreads();\n"
 
 LAST_LINE = "(range + 1) * num_lines / num_ranges"
@@ -322,6 +323,16 @@ BUGS = (
         "a barrier that nobody has initialised at",
     ),
     Bug("misaligned", "primitives.cuh", "length % COUNT == 0 &&", "", "misaligned access at"),
+    Bug("misaligned-tensor", "primitives.cuh", WHOLE_ADDRESS, "", "misaligned access at"),
+    groups_bug(
+        "misaligned-copy", "+ column : matrix", "+ column + 1 : matrix", "misaligned access at"
+    ),
+    warpgroups_bug(
+        "misaligned-map",
+        "make_box_map(p.hidden,",
+        "make_box_map(p.hidden + 1,",
+        "a map of a matrix whose rows do not begin at whole packs",
+    ),
 )
 
 FLAGS = {

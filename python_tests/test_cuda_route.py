@@ -3,7 +3,8 @@
 No device is needed: an op's public function checks, routes and calls the fake kernel.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from calm_rt import _native, ops, reference
 from calm_rt.testing import CASES, Case
 
 ENERGY = next(case for case in CASES if case.op == "energy_score")
+MLP = next(case for case in CASES if case.op == "gated_mlp")
 
 
 @pytest.fixture
@@ -28,11 +30,11 @@ def claimed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def on_cuda(case: Case) -> dict[str, Any]:
+def on_cuda(case: Case, device: str = "cuda") -> dict[str, Any]:
     def claim(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
     return tree_map(claim, case.make())
 
@@ -63,6 +65,38 @@ def test_an_older_gpu_takes_the_reference_and_says_why(
     )
     with pytest.raises(calm_rt.NativeUnavailable, match=r"capability 7\.5, and .* need 8\.0"):
         ops.energy_score(**older)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_compiled_code_knows_an_older_gpu(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch is asked while dynamo traces, in one graph; the graph holds the kernel or does not."""
+
+    def get_device_capability(device: int | None = None) -> tuple[int, int]:
+        return capability if device == 1 else (9, 0)
+
+    monkeypatch.setattr(_native, "_has_cuda", True)
+    monkeypatch.setattr(_native, "_capability", functools.cache(_native._capability.__wrapped__))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: list) -> Callable:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    def why_reference(x: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+        dtypes = {"cuda": (x.dtype,)}
+        return x + 1, _native.why_reference("energy_score", "cuda", x.dtype, dtypes, 1)
+
+    torch._dynamo.reset()
+    _, reason = torch.compile(why_reference, fullgraph=True, backend="eager")(torch.ones(1))
+    assert reason == why_reference(torch.ones(1))[1]
+    assert reason is None if capability == (8, 0) else "compute capability 7.5" in reason
+    with FakeTensorMode():
+        arguments = on_cuda(MLP, "cuda:1")
+        torch.compile(ops.gated_mlp, fullgraph=True, backend=keep)(**arguments)
+    assert len(graphs) == 1 and ("calm_rt.gated_mlp" in graphs[0]) == (capability == (8, 0))
 
 
 def test_tensors_of_a_model_that_was_moved_in_part_are_named(claimed: None) -> None:

@@ -94,3 +94,29 @@ def test_seeds_and_rows_made_in_other_modes_serve_a_gradient() -> None:
         latents.sum().backward()
         assert type(latents) is Tensor and hidden.grad.abs().sum() > 0
         assert torch.equal(latents, draw(torch.tensor(seed))[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_simulated_norm_of_numbers_near_the_largest(simulator, dtype: torch.dtype) -> None:  # noqa: F811
+    """The sum that a norm's mean is made of overflows; latents and gradients stay the CPU's."""
+    arguments = doubles(inputs.sample_latents(3, 70, 2))  # at most other sizes torch has NaN too
+    weights = arguments["weights"]
+    large = torch.linspace(1e38, 3.2e38, 70, dtype=torch.float64)
+    weights = weights._replace(
+        noise=weights.noise._replace(bias=large), hidden=weights.hidden._replace(bias=-large)
+    )
+    hidden, weights = tree_map(lambda value: value.to(dtype), (arguments["hidden"], weights))
+    flat = sys.modules[ops.sample_latents.__module__]._flat(weights, dtype)
+    runs = []
+    for ops_of in (torch.ops.calm_rt, simulator):
+        given = hidden, flat, SEED, arguments["rows"]
+        latents, *kept = ops_of.sample_latents(*given, 2, HEAD_EPS, True)
+        grad = torch.ones_like(latents)
+        grads = ops_of.sample_latents_backward(grad, *given, *kept, HEAD_EPS, True)
+        runs.append([latents, grads[0], *grads[1]])
+    expected = reference.sample_latents(hidden, weights, 2, SEED, arguments["rows"])
+    assert expected.isfinite().all()
+    few_eps = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(runs[1][0], expected, rtol=few_eps, atol=few_eps)
+    for native, simulated in zip(*runs, strict=True):
+        torch.testing.assert_close(simulated, native)

@@ -3,6 +3,7 @@
 #include "simulator/bulk.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "simulator/engine.h"
 
@@ -35,6 +36,13 @@ float widened(uint16_t bits) {
 }
 
 }  // namespace
+
+void check_map(const BoxMap& map) {
+  constexpr size_t kPackBytes = 16, kElementBytes = 2;
+  const bool whole =
+      reinterpret_cast<uintptr_t>(map.matrix) % kPackBytes == 0 && map.size * kElementBytes % kPackBytes == 0;
+  if (!whole) throw std::runtime_error("simulator: a map of a matrix whose rows do not begin at whole packs");
+}
 
 // ---- barriers ----
 

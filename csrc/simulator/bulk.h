@@ -22,6 +22,10 @@ struct BoxMap {
   int box_rows;
 };
 
+// Throws std::runtime_error where the copy engine could not read the matrix: the driver would make no map, and the
+// caller take another way without a word.
+void check_map(const BoxMap& map);
+
 // A box on its way into shared memory. It has the map itself: each thread's is gone when the thread has exited.
 struct BulkCopy {
   void (*write)(const BulkCopy& copy);  // by code that the sanitizers see

@@ -10,6 +10,7 @@ struct Shape {
   int64_t draws, targets, rows, length;
   double beta;
   bool grad_x = true, grad_target = true;
+  int64_t offset = 0;  // of every input, in elements behind where its memory begins
 };
 
 template <class T>
@@ -28,8 +29,8 @@ struct Bounded {
 };
 
 template <class T>
-void check_row(const Shape& shape, const std::vector<T>& x, const std::vector<float>& mean,
-               const std::vector<float>& log_std, int64_t seed, int64_t id, int64_t row, const Results<T>& got) {
+void check_row(const Shape& shape, const T* x, const float* mean, const float* log_std, int64_t seed, int64_t id,
+               int64_t row, const Results<T>& got) {
   const int64_t S = shape.draws, M = shape.targets, R = shape.rows, L = shape.length;
   Bounded diversity, fidelity;
   std::vector<Bounded> grad_x(S * L), grad_mean(L), grad_log_std(L);
@@ -92,13 +93,15 @@ void check_row(const Shape& shape, const std::vector<T>& x, const std::vector<fl
 template <class T>
 void check_energy_score(const Shape& shape) {
   const int64_t S = shape.draws, R = shape.rows, L = shape.length, seed = -7;
-  std::vector<T> x;
-  std::vector<float> mean, log_std;
+  std::vector<T> all_x(shape.offset + S * R * L);
+  std::vector<float> all_mean(shape.offset + R * L), all_log_std(shape.offset + R * L);
+  T* x = all_x.data() + shape.offset;
+  float *mean = all_mean.data() + shape.offset, *log_std = all_log_std.data() + shape.offset;
   std::vector<int64_t> ids;
-  for (int64_t i = 0; i < S * R * L; ++i) x.push_back(convert<T>(2 * random_value()));
+  for (int64_t i = 0; i < S * R * L; ++i) x[i] = convert<T>(2 * random_value());
   for (int64_t l = 0; l < L; ++l) x[(S - 1) * R * L + l] = x[l];  // two equal draws in row 0
-  for (int64_t i = 0; i < R * L; ++i) mean.push_back(random_value());
-  for (int64_t i = 0; i < R * L; ++i) log_std.push_back(random_value() - 1);
+  for (int64_t i = 0; i < R * L; ++i) mean[i] = random_value();
+  for (int64_t i = 0; i < R * L; ++i) log_std[i] = random_value() - 1;
   for (int64_t r = 0; r < R; ++r) ids.push_back((r + 1) << 33 | r);
   Results<T> first;
   for (uint32_t schedule = 0; schedule < kSchedules; ++schedule) {
@@ -110,9 +113,9 @@ void check_energy_score(const Shape& shape) {
     if (shape.grad_x) got.grad_x.resize(S * R * L, convert<T>(NAN));
     if (shape.grad_target) got.grad_mean.resize(R * L, NAN);
     if (shape.grad_target) got.grad_log_std.resize(R * L, NAN);
-    launch(Cuda{}, EnergyScore<T>{.x = x.data(),
-                                  .mean = mean.data(),
-                                  .log_std = log_std.data(),
+    launch(Cuda{}, EnergyScore<T>{.x = x,
+                                  .mean = mean,
+                                  .log_std = log_std,
                                   .seed = &seed,
                                   .rows = ids.data(),
                                   .score = got.score.data(),
@@ -153,6 +156,8 @@ void check_energy_score() {
       {4, 3, 2, 20, 1.0, false, false},    //
       {3, 3, 1, 300, 1.0, true, false},    //
       {3, 3, 1, 1028, 1.0, false, false},  //
+      {3, 3, 2, 8, 1.0, true, true, 1},    // packs but for where they begin
+      {3, 3, 1, 260, 1.0, true, true, 1},  //
   };
   for (const Shape& shape : shapes) check_energy_score<float>(shape);
   for (int64_t length : {5, 128, 260}) {

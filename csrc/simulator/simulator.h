@@ -3,10 +3,10 @@
 // common/cuda.cuh includes this header where a host compiler compiles a .cu file, and CUDA's names below mean the
 // simulator's. It stops, naming the place in the source, on: a __syncthreads that part of the block does not reach or
 // reaches elsewhere, a warp collective whose lanes disagree on mask or place, a mask that names an exited lane or not
-// the caller, a deadlock, a write outside the shared arrays, a misaligned pack. Shared memory starts as NaN in every
-// block, and so does what a shuffle reads from a lane outside the mask. The order of the threads can be drawn from a
-// seed. AddressSanitizer sees redzones around shared arrays. Under ThreadSanitizer only __syncthreads and __syncwarp
-// order memory, so that a missing barrier is a reported race.
+// the caller, a deadlock, a write outside the shared arrays, a misaligned pack or asynchronous copy. Shared memory
+// starts as NaN in every block, and so does what a shuffle reads from a lane outside the mask. The order of the threads
+// can be drawn from a seed. AddressSanitizer sees redzones around shared arrays. Under ThreadSanitizer only
+// __syncthreads and __syncwarp order memory, so that a missing barrier is a reported race.
 //
 // An asynchronous copy leaves NaN where it will write and writes when its thread waits for it, as late as the hardware
 // may. Matrix products truncate their sums, as tensor cores do.

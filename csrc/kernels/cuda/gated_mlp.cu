@@ -129,35 +129,28 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(RmsNormBack
 template <class X, class T>
 void launch(Cuda device, const RmsNorm<X, T>& p) {
   if (p.num_rows == 0) return;
-  const bool packed =
-      is_packed<kEight>(p.x, p.size) && is_packed<kEight>(p.weight, p.size) && is_packed<kEight>(p.out, p.size);
   launch_kernel("rms_norm_kernel", rms_norm_kernel<X, T>, grid_size(p.num_rows, kWarps, kMaxBlocks), kThreads, device,
-                p, packed);
+                p, all_packed(p.size, p.x, p.weight, p.out));
 }
 
 template <class T>
 void launch(Cuda device, const SwiGlu<T>& p) {
   if (p.count == 0) return;
-  const bool packed =
-      is_packed<kEight>(p.gate, p.count) && is_packed<kEight>(p.up, p.count) && is_packed<kEight>(p.out, p.count);
   launch_kernel("swiglu_kernel", swiglu_kernel<T>, grid_size(p.count, kThreads * kEight, kMaxBlocks), kThreads, device,
-                p, packed);
+                p, all_packed(p.count, p.gate, p.up, p.out));
 }
 
 template <class X, class T>
 void launch(Cuda device, const AddResidual<X, T>& p) {
   if (p.count == 0) return;
-  const bool packed =
-      is_packed<kEight>(p.x, p.count) && is_packed<kEight>(p.product, p.count) && is_packed<kEight>(p.out, p.count);
   launch_kernel("add_residual_kernel", add_residual_kernel<X, T>, grid_size(p.count, kThreads * kEight, kMaxBlocks),
-                kThreads, device, p, packed);
+                kThreads, device, p, all_packed(p.count, p.x, p.product, p.out));
 }
 
 template <class T>
 void launch(Cuda device, const SwiGluBackward<T>& p) {
   if (p.count == 0) return;
-  const auto all_packed = [&](const auto*... tensors) { return (is_packed<kEight>(tensors, p.count) && ...); };
-  const bool packed = all_packed(p.gate, p.up, p.grad_gated, p.grad_gate, p.grad_up, p.gated);
+  const bool packed = all_packed(p.count, p.gate, p.up, p.grad_gated, p.grad_gate, p.grad_up, p.gated);
   launch_kernel("swiglu_backward_kernel", swiglu_backward_kernel<T>, grid_size(p.count, kThreads * kEight, kMaxBlocks),
                 kThreads, device, p, packed);
 }

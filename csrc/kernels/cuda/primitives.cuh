@@ -212,6 +212,12 @@ bool is_packed(const T* tensor, int64_t length) {
   return length % COUNT == 0 && reinterpret_cast<uintptr_t>(tensor) % sizeof(Pack<T, COUNT>) == 0;
 }
 
+// The same of several tensors and groups of eight.
+template <class... Tensors>
+bool all_packed(int64_t length, const Tensors*... tensors) {
+  return (... && is_packed<kEight>(tensors, length));
+}
+
 // Elements first ... first + COUNT - 1 of a row, zeros beyond its length.
 template <int COUNT, class T>
 __device__ __forceinline__ Run<COUNT> load_run(const T* row, int64_t first, int64_t length, bool packed) {

@@ -203,6 +203,7 @@ using simulator::BoxMap;
 
 inline bool make_box_map(const bfloat16* matrix, int64_t num_rows, int64_t size, int box_rows, BoxMap& map) {
   map = {matrix, num_rows, size, box_rows};
+  simulator::check_map(map);
   return true;
 }
 

@@ -77,13 +77,14 @@ struct Statistics {
 template <class T>
 __device__ __forceinline__ Statistics statistics(const NormInput<T>& input, int64_t line, int64_t size, float eps,
                                                  bool packed) {
+  constexpr float kSmall = 0x1p-32f;  // so that the sum does not overflow; bits are lost below 2^-94, where eps rules
   float total = 0, squares = 0;
   each_eight(size, [&](int64_t i) {
     const Run<kEight> run = load_input(input, line, i, size, packed);
 #pragma unroll
-    for (int e = 0; e < kEight; ++e) total += run.value[e];
+    for (int e = 0; e < kEight; ++e) total += run.value[e] * kSmall;
   });
-  const float mean = warp_sum(total) / static_cast<float>(size);
+  const float mean = warp_sum(total) / static_cast<float>(size) / kSmall;
   each_eight(size, [&](int64_t i) {
     const Run<kEight> run = load_input(input, line, i, size, packed);
 #pragma unroll
@@ -277,14 +278,9 @@ __global__ void __launch_bounds__(kSumThreads, TERMS == Terms::kAny ? 1 : kSumBl
   share.store(sum, {p.weight, p.bias}, p.partial);
 }
 
-// Whether every tensor of lines of `size` can be read and written as packs of eight.
-template <class... Tensors>
-bool all_packed(int64_t size, const Tensors*... tensors) {
-  return (... && is_packed<kEight>(tensors, size));
-}
-
+// Whether all of a norm's input can be read as packs of eight.
 template <class T>
-bool all_packed(int64_t size, const NormInput<T>& input) {
+bool input_packed(int64_t size, const NormInput<T>& input) {
   return all_packed(size, input.x, input.product, input.bias);
 }
 
@@ -304,7 +300,7 @@ void launch(Cuda device, const HeadNoise<T>& p) {
 template <class T, class Out>
 void launch(Cuda device, const LayerNorm<T, Out>& p) {
   if (p.num_lines == 0) return;
-  const bool packed = all_packed(p.size, p.input) && all_packed(p.size, p.sum, p.weight, p.bias, p.out);
+  const bool packed = input_packed(p.size, p.input) && all_packed(p.size, p.sum, p.weight, p.bias, p.out);
   launch_kernel("layer_norm_kernel", layer_norm_kernel<T, Out>, grid_size(p.num_lines, kWarps, kMaxBlocks), kThreads,
                 device, p, packed);
 }
@@ -326,7 +322,8 @@ void launch(Cuda device, const BiasSwiGlu<T>& p) {
 template <class T, class Grad>
 void launch(Cuda device, const LayerNormBackward<T, Grad>& p) {
   if (p.num_lines == 0) return;
-  const bool packed = all_packed(p.size, p.input) && all_packed(p.size, p.weight, p.grad, p.residual, p.stream, p.out);
+  const bool packed =
+      input_packed(p.size, p.input) && all_packed(p.size, p.weight, p.grad, p.residual, p.stream, p.out);
   launch_kernel("layer_norm_backward_kernel", layer_norm_backward_kernel<T, Grad>,
                 grid_size(p.num_lines, kWarps, kMaxBlocks), kThreads, device, p, packed);
 }
@@ -363,7 +360,7 @@ void launch(Cuda device, const NormGradients<T, Grad>& p) {
   if (p.size == 0) return;
   const LineShares shares(p.num_lines, p.size);
   auto kernel = norm_gradients_kernel<T, Grad, Terms::kAny>;
-  if (all_packed(p.size, p.input) && all_packed(p.size, p.grad)) {
+  if (input_packed(p.size, p.input) && all_packed(p.size, p.grad)) {
     if (!p.input.product && !p.input.bias) kernel = norm_gradients_kernel<T, Grad, Terms::kStream>;
     if (!p.input.x) kernel = norm_gradients_kernel<T, Grad, Terms::kProduct>;
   }
