@@ -144,7 +144,7 @@ CALM_INLINE double weigh(Wide* squared, int64_t count, double beta, double scale
   return total;
 }
 
-// The uniforms of a row's targets, in two steps: what all of them share, and those of values l ... of one target.
+// The uniforms of a row's targets, in two steps: what all of them share, and those of values l ... of a few targets.
 CALM_INLINE void start_targets(const Row<float>& row, int64_t row_id, const Keys& keys) {
   for (int64_t l = 0; l < row.padded; l += 4 * kLanes) {
     start_uniforms(static_cast<uint32_t>(l / 4), kTarget, row_id, keys, row.counters + l / (4 * kLanes) * kRowCounters);
@@ -152,13 +152,17 @@ CALM_INLINE void start_targets(const Row<float>& row, int64_t row_id, const Keys
 }
 CALM_INLINE void start_targets(const Row<double>&, int64_t, const Keys&) {}
 
+template <int kTargets>
 CALM_INLINE void target_uniforms(const Row<float>& row, int64_t l, uint32_t target, int64_t row_id, const Keys& keys,
-                                 Float (&value)[4]) {
+                                 Float (&value)[kTargets][4]) {
   finish_uniforms(row.counters + l / (4 * kLanes) * kRowCounters, target, row_id, keys, value);
 }
+template <int kTargets>
 CALM_INLINE void target_uniforms(const Row<double>&, int64_t l, uint32_t target, int64_t row_id, const Keys& keys,
-                                 double (&value)[4]) {
-  uniforms(static_cast<uint32_t>(l / 4), kTarget, target, row_id, keys, value);
+                                 double (&value)[kTargets][4]) {
+  for (int t = 0; t < kTargets; ++t) {
+    uniforms(static_cast<uint32_t>(l / 4), kTarget, target + static_cast<uint32_t>(t), row_id, keys, value[t]);
+  }
 }
 
 // The mean of |x_i - x_j|^beta over pairs; its gradient starts grad_x.
@@ -257,11 +261,14 @@ template <int Targets, class V, class T, class Wide>
 CALM_INLINE double add_targets(const EnergyScore<T>& p, const Row<Wide>& row, int64_t r, int64_t first, double scale,
                                const Keys& keys) {
   // Two loops, because each is one long chain of dependent instructions an iteration: so more of them run at a time.
-  for (int t = 0; t < Targets; ++t) {
+  constexpr int kTogether = Targets % 2 == 0 && kLanes == 16 ? 2 : 1;  // in 32 registers
+  for (int t = 0; t < Targets; t += kTogether) {
     for (int64_t l = 0; l < row.padded; l += 4 * lanes<V>) {
-      V uniform[4];
+      V uniform[kTogether][4];
       target_uniforms(row, l, static_cast<uint32_t>(first + t), p.rows[r], keys, uniform);
-      for (int j = 0; j < 4; ++j) store(row.y + t * row.padded + l + j * lanes<V>, uniform[j]);
+      for (int i = 0; i < kTogether; ++i) {
+        for (int j = 0; j < 4; ++j) store(row.y + (t + i) * row.padded + l + j * lanes<V>, uniform[i][j]);
+      }
     }
   }
   for (int t = 0; t < Targets; ++t) {

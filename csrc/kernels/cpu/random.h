@@ -54,24 +54,38 @@ struct Keys {
   }
 };
 
-// Rounds `first` ... 9, and then value[j] lane i is word j of counter i as a uniform.
-template <int first = 0>
-CALM_INLINE void uniforms(Counters c, const Keys& keys, Float (&value)[4]) {
+// Rounds `first` ... 9, and then value[b][j] lane i is word j of counter i of batch b as a uniform. A batch is one long
+// chain of dependent instructions, so that two side by side take hardly longer than one.
+template <int first = 0, int kBatches>
+CALM_INLINE void uniforms(Counters (&c)[kBatches], const Keys& keys, Float (&value)[kBatches][4]) {
   const Pair multiplier0 = splat<Pair>(uint64_t{kPhiloxMultiplier0});
   const Pair multiplier1 = splat<Pair>(uint64_t{kPhiloxMultiplier1});
 #pragma GCC unroll 10
   for (int round = first; round < 10; ++round) {
-    for (int odd = 0; odd < 2; ++odd) {
-      Pair p0 = multiply_low(c.word[0][odd], multiplier0), p1 = multiply_low(c.word[2][odd], multiplier1);
-      c.word[0][odd] = (p1 >> 32) ^ c.word[1][odd] ^ keys.word[round][0];
-      c.word[1][odd] = p1;
-      c.word[2][odd] = (p0 >> 32) ^ c.word[3][odd] ^ keys.word[round][1];
-      c.word[3][odd] = p0;
+#pragma GCC unroll 2
+    for (int b = 0; b < kBatches; ++b) {
+      auto& word = c[b].word;
+      for (int odd = 0; odd < 2; ++odd) {
+        Pair p0 = multiply_low(word[0][odd], multiplier0), p1 = multiply_low(word[2][odd], multiplier1);
+        word[0][odd] = (p1 >> 32) ^ word[1][odd] ^ keys.word[round][0];
+        word[1][odd] = p1;
+        word[2][odd] = (p0 >> 32) ^ word[3][odd] ^ keys.word[round][1];
+        word[3][odd] = p0;
+      }
     }
   }
-  for (int j = 0; j < 4; ++j) {
-    value[j] = uniform(interleave(c.word[j][0], c.word[j][1]));
+#pragma GCC unroll 2
+  for (int b = 0; b < kBatches; ++b) {
+    for (int j = 0; j < 4; ++j) value[b][j] = uniform(interleave(c[b].word[j][0], c[b].word[j][1]));
   }
+}
+
+// The uniforms of one batch: value[j] lane i is word j of counter i.
+CALM_INLINE void uniforms(const Counters& counters, const Keys& keys, Float (&value)[4]) {
+  Counters batch[] = {counters};
+  Float values[1][4];
+  uniforms(batch, keys, values);
+  for (int j = 0; j < 4; ++j) value[j] = values[0][j];
 }
 
 // The counters of groups group ... group + lanes - 1 before the first round.
@@ -126,19 +140,25 @@ CALM_INLINE void start_uniforms(uint32_t group, uint32_t stream, int64_t row, co
   }
 }
 
-// The uniforms of those groups in one draw.
-CALM_INLINE void finish_uniforms(const float* known, uint32_t draw, int64_t row, const Keys& keys, Float (&value)[4]) {
+// The uniforms of those groups in draws draw ... draw + kDraws - 1.
+template <int kDraws>
+CALM_INLINE void finish_uniforms(const float* known, uint32_t draw, int64_t row, const Keys& keys,
+                                 Float (&value)[kDraws][4]) {
   const uint32_t of_row = multiply_high(kPhiloxMultiplier1, static_cast<uint32_t>(row));
-  const uint32_t word = of_row ^ draw ^ static_cast<uint32_t>(keys.word[0][0]);
-  const uint64_t product = static_cast<uint64_t>(kPhiloxMultiplier0) * word;
   const Pair multiplier1 = splat<Pair>(uint64_t{kPhiloxMultiplier1});
-  Counters c;
-  for (int odd = 0; odd < 2; ++odd, known += kLanes) {
-    const Pair of_draw = multiply_low(load_pair(known) ^ (product >> 32), multiplier1);
-    c.word[0][odd] = (of_draw >> 32) ^ load_pair(known + 2 * kLanes);
-    c.word[1][odd] = of_draw;
-    c.word[2][odd] = load_pair(known + 4 * kLanes) ^ (product & 0xffffffffu);
-    c.word[3][odd] = load_pair(known + 6 * kLanes);
+  Counters c[kDraws];
+#pragma GCC unroll 2
+  for (int d = 0; d < kDraws; ++d) {
+    const uint32_t word = of_row ^ (draw + static_cast<uint32_t>(d)) ^ static_cast<uint32_t>(keys.word[0][0]);
+    const uint64_t product = static_cast<uint64_t>(kPhiloxMultiplier0) * word;
+    for (int odd = 0; odd < 2; ++odd) {
+      const float* from = known + odd * kLanes;
+      const Pair of_draw = multiply_low(load_pair(from) ^ (product >> 32), multiplier1);
+      c[d].word[0][odd] = (of_draw >> 32) ^ load_pair(from + 2 * kLanes);
+      c[d].word[1][odd] = of_draw;
+      c[d].word[2][odd] = load_pair(from + 4 * kLanes) ^ (product & 0xffffffffu);
+      c[d].word[3][odd] = load_pair(from + 6 * kLanes);
+    }
   }
   uniforms<3>(c, keys, value);
 }
