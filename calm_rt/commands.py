@@ -30,7 +30,6 @@ from calm_rt.data import (
     write_shards,
 )
 from calm_rt.generation import Generation, Generator
-from calm_rt.heap import keep_freed_memory
 from calm_rt.hub import local_folder
 from calm_rt.model_folder import copy_tokenizer
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
@@ -51,7 +50,6 @@ def fetch(options: Namespace) -> None:
 def quickstart(options: Namespace) -> None:
     from calm_rt.quickstart import run_quickstart
 
-    keep_freed_memory()
     metrics = run_quickstart(options.output, options.corpus, options.minutes, options.seed)
     if options.json:
         _print_json(metrics)
@@ -83,14 +81,12 @@ def tokenize(options: Namespace) -> None:
 
 
 def train_autoencoder(options: Namespace) -> None:
-    keep_freed_memory()
     shards, config, settings = run_settings(options, AutoencoderConfig, AUTOENCODER_OPTIONS)
     training.train_autoencoder(config, shards, options.output, settings, **switches_of(options))
     _report_run(options)
 
 
 def train(options: Namespace) -> None:
-    keep_freed_memory()
     given, sizes = options.autoencoder is not None, {}
     expected = "none with --resume" if options.resume else "the folder of a trained one"
     check(given != options.resume, "autoencoder", expected, options.autoencoder)
