@@ -1,7 +1,8 @@
 """Tensors that begin beside a whole pack of 16 bytes: the CUDA kernels give the same results.
 
 Sizes here are whole packs, so that addresses alone decide how a kernel reads. The simulator stops
-at an access that the device could not make.
+at an access that the device could not make. Products of matrices are the host's library's there,
+whose sums may depend on addresses: an op that takes them is held to the rounding of its type.
 """
 
 import sys
@@ -110,6 +111,7 @@ def survivors(dtype: torch.dtype) -> tuple:
     return tuple(inputs.survivors(3, 40, 2, 1).values())
 
 
+OWN_SUMS = ("noise", "energy_score", "linear_argmax", "select_patch", "survivors")
 OF_IDS = (noise, select_patch, survivors)  # of one element type
 OF_NUMBERS = (
     energy_score,
@@ -180,6 +182,7 @@ def test_misaligned_tensors_change_nothing(
         expected = outputs_of(simulator, maker, tree_unflatten(leaves, structure))
         for given in [moved, *alone]:
             outputs = outputs_of(simulator, maker, tree_unflatten(given, structure))
-            assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+            bound = {"rtol": 0, "atol": 0} if schema(maker) in OWN_SUMS else {}
+            torch.testing.assert_close(outputs, expected, equal_nan=True, **bound)
     finally:
         simulator.set_capability(80)
