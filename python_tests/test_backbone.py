@@ -69,22 +69,39 @@ class Adapted(torch.nn.Linear):
         return super().forward(x) + x.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("place", ["gate_proj", "up_proj", "down_proj"])
+MAPS = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+@pytest.mark.parametrize("place", ["post_attention_layernorm", "mlp", *MAPS])
+def test_backbone_runs_the_hooks_of_its_layers(place):
+    """An op takes weights, and would pass over what a call of a module runs."""
+    net, ids = model(), tokens(2, 5, 4)
+    plain, calls = net.hidden_states(ids), []
+    part = net.transformer.layers[1].get_submodule(place)
+    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        handle = getattr(part, f"register_{kind}_hook")(lambda *_: calls.append(place))
+        hidden = net.hidden_states(ids)
+        torch.testing.assert_close(hidden, plain)
+        hidden.sum().backward()
+        handle.remove()
+        assert calls.pop() == place and not calls
+    part.forward = lambda x, forward=part.forward: calls.append(place) or forward(x)
+    torch.testing.assert_close(net.hidden_states(ids), plain)
+    assert calls == [place]
+
+
+@pytest.mark.parametrize("place", MAPS)
 @torch.no_grad()
 def test_backbone_calls_what_stands_in_its_layers(place):
-    """An op takes weights; other modules and hooks in their place are not passed over."""
     net, ids = model(), tokens(2, 5, 4)
-    plain, mlp = net.hidden_states(ids), net.transformer.layers[1].mlp
-    part, calls = getattr(mlp, place), []
-    for register in (part.register_forward_hook, part.register_forward_pre_hook):
-        handle = register(lambda *_: calls.append(place))
-        torch.testing.assert_close(net.hidden_states(ids), plain)
-        handle.remove()
-    assert len(calls) == 2
+    plain, layer = net.hidden_states(ids), net.transformer.layers[1]
+    part = layer.get_submodule(place)
     adapted = Adapted(part.in_features, part.out_features, bias=False)
-    adapted.weight = part.weight
-    setattr(mlp, place, adapted)
-    assert (net.hidden_states(ids) - plain).abs().max() > 1e-3
+    biased = torch.nn.Linear(part.in_features, part.out_features)
+    for other in (adapted, biased):
+        other.weight = part.weight
+        setattr(layer.mlp, place.removeprefix("mlp."), other)
+        assert (net.hidden_states(ids) - plain).abs().max() > 1e-3
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 import calm_rt
 from calm_rt import inputs, official, ops, reference
+from calm_rt.ops.check import seed_and_rows
 from calm_rt.reference import HEAD_EPS, Stream
 from calm_rt.testing import CASES, Case
 
@@ -94,6 +95,18 @@ def test_seeds_and_rows_made_in_other_modes_serve_a_gradient() -> None:
         latents.sum().backward()
         assert type(latents) is Tensor and hidden.grad.abs().sum() > 0
         assert torch.equal(latents, draw(torch.tensor(seed))[1])
+
+
+def test_seeds_and_rows_made_in_a_transform_are_not_kept() -> None:
+    """There torch follows every tensor that is made, for as long as the transform lasts."""
+    wanted = 90419, None, 38, torch.device("cpu")  # of no other test
+
+    def follow(x: Tensor) -> Tensor:
+        return x * sum(tensor.sum() for tensor in seed_and_rows(*wanted))
+
+    torch.func.grad(follow)(torch.ones(()))
+    for tensor in seed_and_rows(*wanted):
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -64,14 +64,6 @@ class GatedMLP(nn.Module):
         """gate and up [I, H], down [H, I], as `ops` take them."""
         return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
 
-    def is_plain(self) -> bool:
-        """Whether the three maps are nothing but their weights: neither replaced by others, as
-        adapters and quantisation do, nor with hooks, which only a call of a module runs."""
-        return not any(
-            type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks
-            for part in (self.gate_proj, self.up_proj, self.down_proj)
-        )
-
 
 class AutoencoderLayer(nn.Module):
     """The parameters of one residual gated MLP."""

@@ -176,6 +176,18 @@ class Embedding(nn.Embedding):
         return reference.embed(ids, self.weight)
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is `kind`'s forward on its weight and no more.
+
+    Adapters and quantisation put another class in its place, others a forward of its own, a bias,
+    or hooks; an op, which takes weights only, would pass them over.
+    """
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    hooks += module._backward_hooks, module._backward_pre_hooks
+    own = any(hooks) or "forward" in vars(module) or getattr(module, "bias", None) is not None
+    return type(module) is kind and not own
+
+
 class TransformerLayer(nn.Module):
     """Attention and gated MLP, each on a normalised input and added to its input."""
 
@@ -189,10 +201,11 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
         """x: [B, P, H].  returns: [B, P, H]."""
         x = x + self.self_attn(self.input_layernorm(x), place, cache)
-        norm = self.post_attention_layernorm
-        if not self.mlp.is_plain():
-            return x + self.mlp(norm(x))
-        return ops.gated_mlp(x, norm.weight, *self.mlp.weights(), eps=norm.eps)
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        plain = is_plain(norm, RMSNorm) and is_plain(mlp, GatedMLP)
+        if not (plain and all(is_plain(part, nn.Linear) for part in mlp.children())):
+            return x + mlp(norm(x))
+        return ops.gated_mlp(x, norm.weight, *mlp.weights(), eps=norm.eps)
 
 
 class Transformer(nn.Module):

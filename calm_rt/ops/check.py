@@ -242,10 +242,12 @@ def seed_and_rows(
 def _remembered(make: Callable, value: int, device: torch.device) -> Tensor:
     """make(value, device), the same tensor as in an earlier call where nothing can tell: making
     one takes a microsecond, of 3 to 9 that an op of few rows takes."""
-    in_mode = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if device == CPU and not in_mode:  # which may make a fake tensor
-        return _on_host(make, value)
-    return make(value, device)
+    if device != CPU or torch.compiler.is_compiling():
+        return make(value, device)
+    # a mode may make a fake tensor, and a transform of torch.func one that it follows
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return make(value, device)
+    return _on_host(make, value)
 
 
 @functools.lru_cache(maxsize=64)
