@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -31,6 +32,10 @@ class World:
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         self.device = torch.device(device)
         if self.size > 1 and not dist.is_initialized():
+            # What this imports has the group as a default argument, if there is one already, and
+            # would keep it and gloo's threads beyond destroy_process_group: a thread that still
+            # frees a tensor when the interpreter ends aborts the process.
+            importlib.import_module("torch._dynamo")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
 

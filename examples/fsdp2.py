@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 examples/fsdp2.py --steps 3
 """
 
 import argparse
+import time
 
 import torch
 import torch.distributed as dist
@@ -43,4 +44,5 @@ if rank == 0:
     whole = sum(p.numel() for p in model.parameters())
     print(f"loss {loss.item() / size:.3f}; a process holds {held:,} of {whole:,} parameters")
 dist.barrier()
+time.sleep(0.5)  # a thread of gloo that still frees a tensor when Python ends aborts the process
 dist.destroy_process_group()

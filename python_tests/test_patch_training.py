@@ -1,5 +1,6 @@
 """Patched models in other people's loops: Trainer's accumulation, two processes of DDP."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from two_processes import run_two
 
 import calm_rt
+from calm_rt.training_state import World
 
 RUNS = 6  # of one training, for the spread of its loss
 
@@ -76,7 +78,7 @@ def test_loss_kwargs_can_be_kept_and_somebody_else_may_say():
 
 def distributed_rank(folder: Path) -> None:
     """One of two ranks with equal seeds, weights and tokens."""
-    torch.distributed.init_process_group("gloo")
+    World("cpu")  # the group, to be left at exit
     rank = torch.distributed.get_rank()
     model, ids = build().train(), token_ids()
     calm_rt.patch(model)
@@ -90,7 +92,8 @@ def distributed_rank(folder: Path) -> None:
     grad = model.embed_proj[0].weight.grad
     saved = {"losses": own, "draws": draws, "patches": patches, "grad": grad}
     torch.save({name: tensor.detach() for name, tensor in saved.items()}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    del parallel, own  # what holds the group is gone when it is left
+    gc.collect()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")

@@ -1,5 +1,6 @@
 """The training loop: resuming, interruption, several processes, divergence, full disks."""
 
+import atexit
 import dataclasses
 import errno
 import json
@@ -212,6 +213,24 @@ def test_two_processes_are_the_same_run(shards, tmp_path):
     )
     run_two(program, shards.folder, tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(whole, rel=1e-5)
+
+
+def leave_group() -> None:
+    """Takes part in a group to its end, and ends with 1 where a thread of gloo outlives it."""
+
+    def leave() -> None:
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        os._exit(any("gloo" in name for name in names))
+
+    atexit.register(leave)  # the last handler, the first one registered
+    world = World("cpu")
+    world.average([torch.ones(8)])
+    torch.optim.AdamW([torch.ones(1)])  # loads what would keep the group
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are seen in /proc")
+def test_no_thread_outlives_the_group():
+    run_two("import test_training as t; t.leave_group()")
 
 
 def test_divergence_keeps_the_last_checkpoint(shards, tmp_path):
