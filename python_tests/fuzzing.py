@@ -311,6 +311,17 @@ FOUND = {  # trials that failed once
         layout=1283170980,
         seed=-369,
     ),
+    "terms of 5e5 that cancel": Trial(
+        op="sample_latents",
+        maker="sample_latents",
+        sizes=(1, 15, 1),
+        values=Values(seed=15200, leaves=4, scale=1e6, whole=True, duplicates=True),
+        dtype=torch.float32,
+        mixed=False,
+        layout=0,
+        seed=0,
+        gradients=False,
+    ),
     "ties that float64 parts": Trial(
         op="linear_argmax",
         maker="ties",
