@@ -91,7 +91,7 @@ def _check_environment() -> None:
     """Warn where a variable asks for what this processor or this build does not have."""
     expected = {
         "CALM_RT_CPU_ISA": ("isa", "portable, avx2 or avx512, one that this processor has"),
-        "CALM_RT_CPU_PRODUCTS": ("products", "own or library"),
+        "CALM_RT_CPU_PRODUCTS": ("products", "own, few or library"),
         "CALM_RT_CUDA_ARGMAX": ("cuda_argmax", "own or library"),
     }
     for name, (key, allowed) in expected.items():

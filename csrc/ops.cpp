@@ -24,9 +24,9 @@
 namespace calm_rt {
 
 std::string build_info() {
-  const auto whose = [](bool own) { return own ? "own\n" : "library\n"; };
-  const std::string instructions = std::string("isa=") + isa_name(isa()) + "\n";
-  return kBuildInfo + instructions + "products=" + whose(own_products()) + "cuda_argmax=" + whose(!argmax_by_library());
+  const std::string argmax = argmax_by_library() ? "library" : "own";
+  return std::string(kBuildInfo) + "isa=" + isa_name(isa()) + "\nproducts=" + products_name(products()) +
+         "\ncuda_argmax=" + argmax + "\n";
 }
 
 bool has_cuda() {

@@ -126,15 +126,21 @@ from calm_rt import ops
 print(calm_rt.info()["build"]["products"])
 torch.manual_seed(0)
 x, gate, up = (torch.randn(rows, 1000) for rows in (20, 96, 96))  # beyond one block
-print(ops.gated_mlp(x, torch.ones(1000), gate, up, torch.randn(1000, 96)).double().sum().item())
+for rows in (4, 20):
+    out = ops.gated_mlp(x[:rows], torch.ones(1000), gate, up, torch.randn(1000, 96))
+    print(out.double().sum().item())
 """
 
 
 def test_whose_products_are_used() -> None:
-    """And each does compute: their bits differ."""
-    own, library = (in_process("", PRODUCT, whose).stdout.split() for whose in ("own", "library"))
-    assert (own[0], library[0]) == ("own", "library") and own[1] != library[1]
-    assert in_process("", PRODUCT).stdout.split() in (own, library)
+    """And each does compute: their bits differ. `few` takes ours for four rows."""
+    kinds = "own", "few", "library"
+    outputs = [in_process("", PRODUCT, kind).stdout.split() for kind in kinds]
+    assert tuple(output[0] for output in outputs) == kinds
+    own, few, library = (output[1:] for output in outputs)
+    assert own[0] != library[0] and own[1] != library[1]
+    assert few == [own[0], library[1]]
+    assert in_process("", PRODUCT).stdout.split() in outputs
 
 
 @pytest.mark.parametrize(("wanted", "whose"), [("library", "library"), ("own", "own"), ("", "own")])
@@ -164,7 +170,7 @@ def test_a_request_that_cannot_be_served_is_said(wanted: str, monkeypatch) -> No
     monkeypatch.setenv("CALM_RT_CUDA_ARGMAX", wanted)
     result = in_process(wanted, "import calm_rt", wanted)
     assert f"got {wanted!r}. Using {used('')}" in result.stderr
-    assert f"CALM_RT_CPU_PRODUCTS: expected own or library, got {wanted!r}" in result.stderr
+    assert f"CALM_RT_CPU_PRODUCTS: expected own, few or library, got {wanted!r}" in result.stderr
     assert f"CALM_RT_CUDA_ARGMAX: expected own or library, got {wanted!r}" in result.stderr
     monkeypatch.delenv("CALM_RT_CUDA_ARGMAX")
     assert "CALM_RT_C" not in in_process("", "import calm_rt").stderr

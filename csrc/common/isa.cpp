@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 namespace calm_rt {
 
@@ -45,21 +46,32 @@ bool has_fast_half() {
 #endif
 }
 
-static bool choose_own_products() {
+static Products choose_products() {
   if (const char* wanted = std::getenv("CALM_RT_CPU_PRODUCTS")) {
-    if (std::strcmp(wanted, "own") == 0) return true;
-    if (std::strcmp(wanted, "library") == 0) return false;
+    for (Products one : {Products::kLibrary, Products::kFewRows, Products::kOwn}) {
+      if (std::strcmp(wanted, products_name(one)) == 0) return one;
+    }
   }
 #ifdef __x86_64__
-  return isa() != Isa::kPortable && __builtin_cpu_is("amd");
-#else
-  return false;
+  if (isa() != Isa::kPortable) return __builtin_cpu_is("amd") ? Products::kOwn : Products::kFewRows;
 #endif
+  return Products::kLibrary;
 }
 
-bool own_products() {
-  static const bool chosen = choose_own_products();
+Products products() {
+  static const Products chosen = choose_products();
   return chosen;
+}
+
+const char* products_name(Products products) {
+  switch (products) {
+    case Products::kOwn:
+      return "own";
+    case Products::kFewRows:
+      return "few";
+    default:
+      return "library";
+  }
 }
 
 const char* isa_name(Isa isa) {

@@ -15,9 +15,12 @@ const char* isa_name(Isa isa);
 bool has_fast_bfloat16();
 bool has_fast_half();
 
-// Whether kernels/product.h multiplies floats, not the library: MKL, torch's on x86, chooses other instructions on
-// AMD's processors. On a Zen 4 it reaches 84 % of their rate and products of one to four rows take it 1.5 to 2.7 times
-// as long; and its rounding depends there on where a matrix lies in memory. CALM_RT_CPU_PRODUCTS=own|library overrules.
-bool own_products();
+// Which products of floats kernels/product.h takes, not the library. Those of few rows on any x86: on a Xeon a
+// gated_mlp of one to four rows takes MKL 1.0 to 1.6 times as long, on a Zen 4 1.5 to 2.7. All of them on AMD's
+// processors, where MKL chooses other instructions: on a Zen 4 it reaches 84 % of their rate, and its rounding depends
+// on where a matrix lies in memory. CALM_RT_CPU_PRODUCTS=own|few|library overrules.
+enum class Products { kLibrary, kFewRows, kOwn };
+Products products();
+const char* products_name(Products products);
 
 }  // namespace calm_rt

@@ -3,16 +3,20 @@
 //   out = a b [+ bias]
 //
 // Where the library multiplies floats below the processor's rate, which its choice of instructions by the processor's
-// maker brings about, the ops multiply here instead (own_products in common/isa.h). Each number of `out` is a sum over
-// depth in one order, whatever surrounds it and at whatever address: a row's bits depend on whether there are more than
-// four rows and, up to four, on which of a and b lies transposed. Packed, reads a once for every 384 columns and b
-// once; where it is not (few rows, shallow sums), b once for every four rows. Computes rows * depth * columns products.
+// maker brings about, and where there are few rows, the ops multiply here instead (Products in common/isa.h). Each
+// number of `out` is a sum over depth in one order, whatever surrounds it and at whatever address: a row's bits depend
+// on whether there are more than four rows and, up to four, on which of a and b lies transposed. Packed, reads a once
+// for every 384 columns and b once; where it is not (few rows, shallow sums), b once for every four rows. Computes rows
+// * depth * columns products.
 #pragma once
 #include <cstdint>
 
 #include "common/device.h"
 
 namespace calm_rt {
+
+constexpr int64_t kFewProductRows =
+    4;  // up to which reading b is what takes the time, and packing it would double that
 
 struct MatrixProduct {
   const float* a;  // [rows, depth]

@@ -95,10 +95,11 @@ void each_task(int64_t count, const Body& body, bool share_products = false) {
   }
 }
 
-// Whether products of T are taken without the library.
+// Whether a product of so many rows of T is taken without the library.
 template <class Device, class T>
-bool multiplies_here() {
-  return std::is_same_v<Device, Cpu> && std::is_same_v<T, float> && own_products();
+bool multiplies_here(int64_t rows) {
+  if (!std::is_same_v<Device, Cpu> || !std::is_same_v<T, float>) return false;
+  return products() == Products::kOwn || (products() == Products::kFewRows && rows <= kFewProductRows);
 }
 
 // Calls body(first, count) for all columns of a product a b: in a task for all of them, elsewhere in tasks of ranges.
@@ -113,7 +114,7 @@ void each_column_range(const Matrix<T>& a, const Matrix<T>& b, const Body& body)
   const bool small = a.rows * a.columns * b.columns < kSmallest;
   const int64_t narrowest = a.rows < kNarrowRows ? 256 : 96;
   int64_t count = 1;
-  if (multiplies_here<Device, T>()) {  // each range packs a anew
+  if (multiplies_here<Device, T>(a.rows)) {  // each range packs a anew
     count = small ? 1 : std::clamp<int64_t>(b.columns / narrowest, 1, num_workers<Device>());
   } else {
     while (!small && count < kMost && b.columns >= 2 * count * narrowest) count *= 2;
@@ -127,7 +128,7 @@ void each_column_range(const Matrix<T>& a, const Matrix<T>& b, const Body& body)
 template <class Device, class T>
 bool multiply_here(const Matrix<T>& a, const Matrix<T>& b, const T* bias, const Matrix<T>& out) {
   if constexpr (std::is_same_v<Device, Cpu> && std::is_same_v<T, float>) {
-    if (out.transposed || !multiplies_here<Device, T>()) return false;
+    if (out.transposed || !multiplies_here<Device, T>(a.rows)) return false;
     const auto strides = [](const Matrix<T>& matrix) {
       return matrix.transposed ? std::pair<int64_t, int64_t>{1, matrix.step()}
                                : std::pair<int64_t, int64_t>{matrix.step(), 1};

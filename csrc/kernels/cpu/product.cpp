@@ -102,10 +102,8 @@ CALM_INLINE void add_rows(int64_t count, const float* a, const float* b, int64_t
 
 CALM_INLINE int64_t at_most(int64_t limit, int64_t count) { return count < limit ? count : limit; }
 
-constexpr int kFewRows = 4;  // up to which reading b is what takes the time, and packing it would double that
-
-// A product of kCount <= kFewRows rows, where b's columns and a's rows are runs of memory.
-template <int kCount = kFewRows>
+// A product of kCount <= kFewProductRows rows, where b's columns and a's rows are runs of memory.
+template <int kCount = int{kFewProductRows}>
 CALM_INLINE void multiply_few(const MatrixProduct& p) {
   if constexpr (kCount > 1) {
     if (p.rows < kCount) return multiply_few<kCount - 1>(p);
@@ -165,13 +163,13 @@ CALM_INLINE void multiply_along_rows(const MatrixProduct& p, int64_t m, int64_t 
   }
 }
 
-// A product where b's rows are runs of memory, of kCount <= kFewRows rows from m on.
-template <int kCount = kFewRows>
+// A product where b's rows are runs of memory, of kCount <= kFewProductRows rows from m on.
+template <int kCount = int{kFewProductRows}>
 CALM_INLINE void multiply_few_along_rows(const MatrixProduct& p, int64_t m, int64_t count) {
   if constexpr (kCount > 1) {
     if (count < kCount) return multiply_few_along_rows<kCount - 1>(p, m, count);
   }
-  constexpr int kTogether = kManyRegisters ? 4 : 2;  // vectors: kFewRows rows of sums that stay in registers
+  constexpr int kTogether = kManyRegisters ? 4 : 2;  // vectors: kFewProductRows rows of sums that stay in registers
   int64_t n = 0;
   for (; n + kTogether * kLanes <= p.columns; n += kTogether * kLanes) {
     multiply_along_rows<kCount, kTogether>(p, m, n, kLanes);
@@ -182,9 +180,10 @@ CALM_INLINE void multiply_few_along_rows(const MatrixProduct& p, int64_t m, int6
 }  // namespace
 
 void product_kernel(const MatrixProduct& p) {
-  if (p.rows <= kFewRows && p.b_row == 1 && p.a_column == 1) return multiply_few(p);
-  if (p.b_column == 1 && (p.rows <= kFewRows || p.depth <= kShallow)) {
-    for (int64_t m = 0; m < p.rows; m += kFewRows) multiply_few_along_rows(p, m, at_most(kFewRows, p.rows - m));
+  if (p.rows <= kFewProductRows && p.b_row == 1 && p.a_column == 1) return multiply_few(p);
+  if (p.b_column == 1 && (p.rows <= kFewProductRows || p.depth <= kShallow)) {
+    for (int64_t m = 0; m < p.rows; m += kFewProductRows)
+      multiply_few_along_rows(p, m, at_most(kFewProductRows, p.rows - m));
     return;
   }
   alignas(64) float panels[kDepth * kWidth], strip[kDepth * kStrip], sums[kRows * kColumns];
