@@ -4,6 +4,7 @@
 exact arithmetic gives; the errors of the others are compared where all three are finite.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fuzzing import CHAINS, FOUND, MAKERS, Trial, is_float, trials
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -110,6 +112,9 @@ def check_floats(
         agrees |= (kinds == 0) & (kind(reference) != 0) & (kind(rounded) != 0)
         if not reference.isfinite().all():  # it overflows in some rows: others are near that
             agrees |= kinds != 0
+        # it has overflowed here, and its zeros have made a number of that which means nothing
+        half = torch.finfo(torch.float32).eps ** 0.5  # of the digits
+        agrees |= (kinds != 0) & ((reference.double() - truth).abs() > half * magnitude)
     # near the largest number sums in another order overflow
     agrees |= (kinds != 0) & ~(magnitude < torch.finfo(ours.dtype).max / 256)
     assert agrees.all(), f"{ours[~agrees]}, reference {reference[~agrees]}, exact {truth[~agrees]}"
@@ -334,6 +339,15 @@ def wild_ids(generator: torch.Generator, count: int, vocabulary: int) -> Tensor:
     return choices[torch.randint(len(choices), (count,), generator=generator)]
 
 
+@functools.cache
+def library_spreads_nan(dtype: torch.dtype) -> bool:
+    """Whether NaN of a row reaches others in torch's own product, as with AMX in bfloat16: oneDNN
+    multiplies what lies behind a row whose length is no multiple of 32 by zeros."""
+    rows = torch.zeros(64, 63, dtype=dtype)
+    rows[1::2] = torch.nan
+    return bool(F.linear(rows, rows.new_zeros(2, 63))[::2].isnan().any())
+
+
 @pytest.mark.parametrize(("op", "ids"), [("encode", "ids"), ("linear_cross_entropy", "target")])
 @given(data=st.data())
 @fuzz
@@ -359,7 +373,8 @@ def test_ids_of_no_token_make_their_rows_nan(op: str, ids: str, data: st.DataObj
     rows = wrong.flatten(1).any(1) if wrong.dim() > 1 else wrong
     for output, clean in zip(outputs, expected, strict=True):
         assert output[rows].isnan().all()
-        assert identical(output[~rows], clean[~rows])
+        spread = op == "encode" and library_spreads_nan(trial.dtype)
+        assert spread or identical(output[~rows], clean[~rows])
 
 
 def test_mean_over_nothing_has_gradient_zero() -> None:
