@@ -136,6 +136,7 @@ def windows_of(
     whole_patches: of nothing else may a document consist.
     raises: ValueError for documents and sizes that do not fit, and without any n-gram.
     """
+    check(patch_size >= 1, "patch_size", "at least 1", patch_size)
     if isinstance(documents, TokenShards):
         expected = f"shards for patch_size {patch_size}"
         check(documents.patch_size == patch_size, "documents", expected, documents.patch_size)
@@ -152,6 +153,8 @@ def windows_of(
         if whole_patches:
             expected += f" with whole patches of {patch_size} (close with EOS, fill with PAD)"
         check(fits, f"documents[{index}]", expected, list(ids.shape))
+        least = int(ids.min()) if len(ids) else 0
+        check(least >= 0, f"documents[{index}]", "token ids of 0 or more", least)
         for start in range(0, len(ids), block_size or max(len(ids), 1)):
             piece = ids[start:][:block_size]
             num_starts = int(min((len(piece) - ORDERS) // patch_size, left))

@@ -47,7 +47,7 @@ class Draws:
         returns: [B, count, H], which `decode` reads.
         """
         latents = self._model.sample(self._hidden, count, self.key(number), self.rows)  # [S, B, L]
-        patches = latents.transpose(0, 1).flatten(0, 1)
+        patches = latents.transpose(0, 1).flatten(0, 1).to(self._weights.latent.weight.dtype)
         return decode_patch(patches, self._weights, eps=self._eps).unflatten(0, (-1, count))
 
     def whole_patches(self, number: int, count: int) -> Tensor:

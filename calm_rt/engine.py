@@ -53,10 +53,9 @@ class Engine:
         weight = model.transformer.norm.weight
         sizes = (max_batch_size, max_patches)
         self.cache = KVCache(model.config, *sizes, weight.dtype, weight.device)
-        # of the state after every sequence's last patch that was read
-        self.hidden = torch.zeros(
-            max_batch_size, len(weight), dtype=weight.dtype, device=weight.device
-        )
+        with torch.inference_mode(False):  # as the cache, for calls in that mode and outside
+            # of the state after every sequence's last patch that was read
+            self.hidden = weight.new_zeros(max_batch_size, len(weight))
         self.sequences: list[TokenSequence] = []  # sequences[i] holds slot i
         self.sure_share = 0.0  # of the last contexts, what tuples decided
         self._replays: dict[tuple[int, Sampling], Steps] = {}  # by batch size and settings
@@ -85,10 +84,11 @@ class Engine:
         """
         sequences = [sequence for sequence in sequences if not sequence.finished]
         slots = f"at most the {self.free} free slots"
-        check(len(sequences) <= self.free, "sequences", slots, len(sequences))
+        check(len(sequences) <= self.free, "prompts", slots, len(sequences))
+        limit = self.cache.max_patches
+        fits = f"at most max_patches = {limit} patches each, new tokens included"
         for sequence in sequences:
-            limit, patches = self.cache.max_patches, sequence.num_patches
-            check(patches <= limit, "sequences", f"at most {limit} patches each", patches)
+            check(sequence.num_patches <= limit, "prompts", fits, sequence.num_patches)
             sequence.start()
         if self.batch_invariant:
             for sequence in sequences:
@@ -140,12 +140,13 @@ class Engine:
             slots = self.cache.slots(0, size)
             steps = Steps(self.model, slots, sampling, self.steps_per_read)
             self._replays[size, sampling] = steps
+        self._count_read()
         longest = max(-(-sequence.room // patch_size) for sequence in sequences)
         last = self._tensor([sequence.last_patch for sequence in sequences])
         rows = self._tensor([sequence.name << 32 | sequence.steps for sequence in sequences])
         drawn = steps.run(last, rows, seed, min(self.steps_per_read, longest))
         one = parse_temperature(sampling.temperature) == 1
-        draws = 1 if one else sampling.num_candidates
+        draws, extended = 1 if one else sampling.num_candidates, set()
         for step in drawn.tolist():
             for sequence, (*patch, finite, taken) in zip(sequences, step, strict=True):
                 if not taken or sequence.finished:  # by its stop text or its room
@@ -154,7 +155,8 @@ class Engine:
                     sequence.fail(NOT_FINITE)
                 else:
                     sequence.extend(patch, draws, draws * patch_size, one)
-        return [sequence for sequence in sequences if not sequence.error]
+                    extended.add(sequence)
+        return [sequence for sequence in sequences if sequence in extended]
 
     def release(self, sequence: TokenSequence) -> None:
         """Frees the sequence's slot, finished or not; nothing happens where it has none."""
@@ -205,6 +207,7 @@ class Engine:
         unread = [slot for slot, sequence in enumerate(self.sequences) if sequence.unread]
         if not unread:
             return
+        self._count_read()
         tiles = [(slot, slot + 1) for slot in unread]
         if not self.batch_invariant:
             tiles = [(0, unread[-1] + 1)]
@@ -222,6 +225,12 @@ class Engine:
             for sequence in sequences:
                 sequence.unread = False
             self._fail_if_not_finite(first, last)
+
+    def _count_read(self) -> None:
+        """Counts the patches that sequences have read; steps that an exception ended may have
+        counted more."""
+        read = [sequence.num_drawn_patches - sequence.unread for sequence in self.sequences]
+        self.cache.lengths[: len(read)] = self._tensor(read)
 
     def _fail_if_not_finite(self, first: int, last: int) -> None:
         finite = self.hidden[first:last].isfinite().all(-1).tolist()

@@ -7,7 +7,8 @@ but through the rounding of matrix products.
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from calm_rt.brier import (
 )
 from calm_rt.causal_lm import Sampler, model_terms, sampler_terms
 from calm_rt.nn import Autoencoder, Calm, KVCache
-from calm_rt.ops.check import check
+from calm_rt.ops.check import check, check_int
 from calm_rt.reference import Stream
 
 __all__ = [
@@ -49,6 +50,20 @@ __all__ = [
 ROWS_PER_CALL = 1024  # contexts drawn from and decoded at once
 LONGEST_WINDOW = 1024  # tokens of a window by default, where the model is no Calm
 CACHE_BYTES = 1 << 28  # of key-value cache copied at once when draws are continued
+
+
+@contextmanager
+def evaluation_mode(model: object) -> Iterator[None]:
+    """Without dropout and the like, where it is a module; what was in training is then again."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    trained = [module for module in modules if module.training]
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 @torch.inference_mode()
@@ -72,7 +87,8 @@ def brier_lm(
     model: a Calm; a causal language model that gives logits [B, T, V], or an object with them as
         `.logits`, for ids [B, T] int64, as those of `transformers` do; or what has a method
         `draw(contexts, num_draws)` (calm_rt.causal_lm.Sampler). Logits serve as exact
-        probabilities, whose estimates vary far less than those from draws.
+        probabilities, whose estimates vary far less than those from draws. A module in training
+        mode is evaluated without it, and is in it again afterwards.
     documents: [tokens] ids each, or [D, tokens] in one tensor; of TokenShards the held-out ones.
         For a Calm whole patches with BOS, EOS and PAD as in token shards, else of any length.
     num_draws: S >= 2 of each patch, 2 gives the official estimator, None for 8; of a model with
@@ -91,16 +107,17 @@ def brier_lm(
     those of `transformers` do, every token of a window is read once, and three more at each start
     and path; of others each of these three takes the whole context. No logits [B, T, V] of more
     than 256 MB exist, unless the model makes them.
-    raises: ValueError for settings and documents that do not fit, or without any n-gram to score.
+    raises: ValueError for settings and documents that do not fit, or without any n-gram to score;
+        IndexError where a model has no such token.
     source: paper section 4, official CALM.eval_brier (which uses one of the pairs).
     """
     check(batch_size >= 1, "batch_size", "at least 1", batch_size)
     is_calm, draws = hasattr(model, "ae_model"), isinstance(model, Sampler)
     least = 2 if is_calm or draws else 1
-    num_draws = (8 if least == 2 else 1) if num_draws is None else num_draws
-    check(num_draws >= least, "num_draws", f"at least {least}", num_draws)
+    usual = 8 if least == 2 else 1
+    num_draws = check_int("num_draws", usual if num_draws is None else num_draws, least)
     config = getattr(model, "config", None)
-    own_size = config.patch_size if is_calm else patch_size or ORDERS
+    own_size = config.patch_size if is_calm else ORDERS if patch_size is None else patch_size
     check(patch_size in (None, own_size), "patch_size", f"the model's {own_size}", patch_size)
     longest = getattr(config, "max_position_embeddings", None)
     if block_size is None and is_calm:
@@ -112,13 +129,14 @@ def brier_lm(
     if not draws:  # little padding in a batch
         windows.sort(key=lambda window: len(window.ids), reverse=True)
     start = time.perf_counter()
-    if draws:
-        terms = sampler_terms(model, windows, own_size, num_draws, batch_size)
-    elif is_calm:
-        batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
-        terms = torch.cat([_window_terms(model, batch, num_draws, seed) for batch in batches])
-    else:
-        terms = model_terms(model, windows, own_size, num_draws, seed, batch_size)
+    with evaluation_mode(model):
+        if draws:
+            terms = sampler_terms(model, windows, own_size, num_draws, batch_size)
+        elif is_calm:
+            batches = (windows[i : i + batch_size] for i in range(0, len(windows), batch_size))
+            terms = torch.cat([_window_terms(model, batch, num_draws, seed) for batch in batches])
+        else:
+            terms = model_terms(model, windows, own_size, num_draws, seed, batch_size)
     speed = sum(len(window.ids) for window in windows) / (time.perf_counter() - start)
     result = summarise(terms.numpy(), windows, num_draws, num_bootstrap, seed)
     return dataclasses.replace(result, block_size=block_size, tokens_per_second=speed)

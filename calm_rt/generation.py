@@ -56,7 +56,8 @@ class Generator:
         screen: bool = True,
         steps_per_read: int | None = None,
     ) -> None:
-        """max_batch_size: sequences at once; others wait until one has finished.
+        """model: is put into evaluation mode, and stays in it.
+        max_batch_size: sequences at once; others wait until one has finished.
         max_patches: of one sequence in the loop of one's own, which fixes its cache; None for the
             model's longest. The other methods take what their prompts need.
         prefill_chunk: patches of prompts that one forward pass reads, which bounds its memory.
@@ -223,6 +224,7 @@ class Generator:
         """
         if self._engine:
             self._engine.release(sequence)
+        sequence.released = True
         return sequence.result()
 
     @property

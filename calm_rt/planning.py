@@ -31,7 +31,7 @@ from calm_rt.draws import Draws
 from calm_rt.engine import PREFILL_CHUNK
 from calm_rt.losses import energy_loss
 from calm_rt.nn import AutoencoderConfig, Calm, CalmConfig, KVCache, fold_encoder
-from calm_rt.ops.check import check
+from calm_rt.ops.check import check, check_int
 from calm_rt.ops.decode import spare_rows
 from calm_rt.sampling import contexts_at_once, decodes_whole
 from calm_rt.training_state import build_optimizer
@@ -106,6 +106,8 @@ def plan_generation(
     raises: ValueError for sizes below 1 or a text longer than the model's longest.
     """
     _check_counts(batch_size=batch_size, num_candidates=num_candidates, prefill_chunk=prefill_chunk)
+    prompt_tokens = check_int("prompt_tokens", prompt_tokens, 0)
+    max_new_tokens = check_int("max_new_tokens", max_new_tokens, 0)
     size = config.patch_size
     prompt = max(1, -(-prompt_tokens // size))
     patches = prompt - (-max_new_tokens // size)
@@ -272,7 +274,7 @@ def _ids(rows: int, tokens: int) -> Tensor:
 
 def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
-        check(count >= 1, name, "at least 1", count)
+        check_int(name, count, 1)
 
 
 def _kernel_bytes(

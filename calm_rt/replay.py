@@ -26,12 +26,14 @@ class Steps:
         self._num_candidates = sampling.num_candidates
         size, device = len(cache.lengths), cache.lengths.device
         patch_size = model.config.patch_size
-        self._seed = torch.zeros((), dtype=torch.int64, device=device)
-        self._patch = torch.zeros(size, patch_size, dtype=torch.int64, device=device)
-        self._rows = torch.zeros(size, dtype=torch.int64, device=device)
-        self._ended = torch.zeros(size, dtype=torch.bool, device=device)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        self._drawn = torch.zeros(most, size, patch_size + 2, dtype=torch.int64, device=device)
+        whole = {"dtype": torch.int64, "device": device}
+        with torch.inference_mode(False):  # a later run may be in that mode, or outside
+            self._seed = torch.zeros((), **whole)
+            self._patch = torch.zeros(size, patch_size, **whole)
+            self._rows = torch.zeros(size, **whole)
+            self._ended = torch.zeros(size, dtype=torch.bool, device=device)
+            self._step = torch.zeros(1, **whole)
+            self._drawn = torch.zeros(most, size, patch_size + 2, **whole)
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             self._capture()

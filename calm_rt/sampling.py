@@ -34,7 +34,7 @@ from calm_rt.rejection import LARGEST_ROUND, BudgetError, reject
 from calm_rt.tuples import Tuples, take_tuples
 
 MAX_DRAWS = 10_000  # of a context, 50 pools of the official size
-POOL_BYTES = 1 << 28  # of draws that are held at once
+POOL_BYTES = 1 << 28  # of draws that are held at once, but for a larger pool of a single context
 # Pools whose search of the vocabulary takes fewer multiplications are decoded whole: deciding what
 # can be spared takes longer, 2 ms where 200 draws of 2 tokens from 1,024 take 1.
 WHOLE_SEARCH = 1 << 30

@@ -52,7 +52,9 @@ class GenerationOptions:
         object.__setattr__(self, "seed", check_int("seed", self.seed, -(2**63), 2**63 - 1))
         stop, expected = self.stop, "a list of texts or lists of token ids"
         check(not isinstance(stop, str), "stop", expected, f"one text (write [{stop!r}])")
-        listed = isinstance(stop, Iterable) and all(isinstance(one, Iterable) for one in stop)
+        check(isinstance(stop, Iterable), "stop", expected, repr(stop))
+        stop = list(stop)
+        listed = all(isinstance(one, Iterable) and not isinstance(one, bytes) for one in stop)
         check(listed, "stop", expected, repr(stop))
         stop = [s if isinstance(s, str) else [check_int("stop", i, 0) for i in s] for s in stop]
         check(all(stop), "stop", "texts and lists that are not empty", stop)
@@ -67,7 +69,8 @@ class GenerationOptions:
 class Generation:
     """What one prompt was continued with."""
 
-    text: str | None  # what follows the prompt, without EOS and stop; None without a tokenizer
+    text: str | None  # what follows the prompt, without EOS and stop, in whole characters; None
+    # without a tokenizer
     ids: list[int]  # the new tokens, a drawn EOS included; at most max_new_tokens
     finished: bool  # True after EOS or a stop, False where max_new_tokens or an error ended it
     steps: int  # patches drawn for this sequence
@@ -123,6 +126,7 @@ class TokenSequence:
         self.unread = False  # whether the last patch is still to go through the backbone
         self.sure_share = 0.0  # of its last steps, what tuples decided; the engine's to keep
         self.error: str | None = None
+        self.released = False  # from the loop of somebody else, who wants no more of it
         self.last_patch = self.context[-config.patch_size :]
         self._patch_size, self._eos_id = config.patch_size, config.eos_token_id
         self._stop_texts = texts
@@ -130,6 +134,7 @@ class TokenSequence:
         most = max((max(stop) for stop in self._stop_ids), default=0)
         check(most < config.vocab_size, "stop", f"token ids in [0, {config.vocab_size})", most)
         self._decoder = _decoder_behind(ids, tokenizer) if tokenizer else None
+        self._num_texts = tokenizer.vocab_size if tokenizer else 0  # ids beyond them have no text
         self._ids: list[int] = []
         self._text = ""  # decoded so far, in whole characters
         self._lengths: list[int] = []  # of the text before each token
@@ -193,7 +198,7 @@ class TokenSequence:
             self._lengths.append(len(self._text))
             self.room -= 1
             self._ended = token == self._eos_id
-            if self._decoder and not self._ended:
+            if token < self._num_texts and not self._ended:
                 self._append_text(self._decoder.step(token))
             for stop in self._stop_ids:
                 if self._ids[-len(stop) :] == stop:
@@ -216,9 +221,9 @@ class TokenSequence:
         self._count(draws, slots, trials, calls, spared)
 
     def unsent(self) -> str:
-        """The text that is new and certain; what may begin a stop waits."""
+        """The text that is new and certain; what may begin a stop waits for the next patch."""
         end = len(self._text)
-        if not self.finished:
+        if not self.finished and not self.released:
             ends = [_start_of_partial(self._text, text) for text in self._stop_texts]
             lengths = [*self._lengths, end]
             ends += [lengths[_start_of_partial(self._ids, ids)] for ids in self._stop_ids]
@@ -283,7 +288,8 @@ def _token_ids(
         check(not halves, "prompts", "text of whole characters", ascii(prompt[:80]))
         prompt = tokenizer.encode(prompt)
     expected = "texts or lists of token ids"
-    check(isinstance(prompt, Iterable), "prompts", expected, f"{prompt!r} for one of them")
+    listed = isinstance(prompt, Iterable) and not isinstance(prompt, bytes)
+    check(listed, "prompts", expected, f"{prompt!r} for one of them")
     ids = []
     for token in prompt:
         try:

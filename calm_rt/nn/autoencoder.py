@@ -23,6 +23,7 @@ from calm_rt.reference import (
 )
 
 FOLDED_TOKENS = 8192  # that go through the token layers at a time when an encoder is folded
+SAMPLED = 64  # numbers of a vocabulary, in which writes are looked for that torch does not count
 
 
 def init_weights(module: nn.Module, std: float) -> None:
@@ -136,6 +137,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(hidden_size, config.rms_norm_eps)
         self.register_buffer("screen", None, persistent=False)  # see screen_decoder
         self._screened: tuple[int, int] | None = None  # which values of the vocabulary it is of
+        self._sample: Tensor | None = None  # some of these values
 
     def forward(self, latents: Tensor) -> Tensor:
         """What the vocabulary projection sees of every slot.  [R, L] -> [R, K, H]."""
@@ -159,11 +161,19 @@ class Decoder(nn.Module):
         """The screen while it is of the vocabulary as it is now; a compiled graph has none."""
         if self.screen is None or torch.compiler.is_compiling():
             return None
-        return self.screen if self._screened == self._values() else None
+        same = self._screened == self._values() and torch.equal(self._sample, self._some_values())
+        return self.screen if same else None
 
     def _values(self) -> tuple[int, int]:
-        """Changes whenever the vocabulary moves or is written to."""
-        return self.lm_head_weight.data_ptr(), self.lm_head_weight._version
+        """Changes whenever the vocabulary moves or is written to, but for what torch counts no
+        writes of: `.data`, and tensors of torch.inference_mode."""
+        weight = self.lm_head_weight
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+    def _some_values(self) -> Tensor:
+        """Of the vocabulary, from its first row to its last and in all columns."""
+        numbers = self.lm_head_weight.detach().flatten()
+        return numbers[:: len(numbers) // SAMPLED | 1]
 
 
 class Autoencoder(nn.Module):
@@ -226,7 +236,7 @@ class Autoencoder(nn.Module):
     def _rows(self, latents: Tensor) -> Tensor:
         size, shape = self.config.latent_size, list(latents.shape)
         check(shape[-1:] == [size], "latents", f"shape [..., L={size}]", shape)
-        return latents.reshape(-1, size)
+        return latents.reshape(-1, size).to(self.decoder.latent_to_hidden.weight.dtype)
 
 
 @torch.no_grad()
@@ -262,13 +272,15 @@ def screen_decoder(autoencoder: Autoencoder) -> None:
 
     The ids stay the same, see `ops.linear_argmax`. The screen takes V H bytes (66 MB at the
     official size) and is not saved; once the vocabulary is written to or moved it is no longer
-    used, so after training or loading make it again. Nothing happens where no kernel takes one.
+    used, so after training or loading make it again. Through `.data` and in torch.inference_mode
+    torch counts no writes: there a change is seen in a sample of the numbers, so that one of single
+    rows may be missed. Nothing happens where no kernel takes one.
     """
     decoder = autoencoder.decoder
     if decoder.weights().screen is not None:
         return
     decoder.screen = screen_vocabulary(decoder.lm_head_weight)
-    decoder._screened = decoder._values()
+    decoder._screened, decoder._sample = decoder._values(), decoder._some_values().clone()
 
 
 def folded_bytes(autoencoder: Autoencoder) -> int:

@@ -69,14 +69,15 @@ class KVCache:
         check(batch_size >= 0, "batch_size", "at least 0", batch_size)
         check(max_patches >= 1, "max_patches", "at least 1", max_patches)
         self.max_patches = self.width = max_patches
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # one more slot than patches: padding behind a row's end is written there and read by nobody
         rows = (config.num_hidden_layers, 2, batch_size)
         patch = config.num_key_value_heads * config.head_dim * dtype.itemsize  # bytes
         whole = ALIGNMENT // math.gcd(ALIGNMENT, patch)
         patches = max_patches + 1 + -(max_patches + 1) % whole
         sizes = (*rows, patches, config.num_key_value_heads, config.head_dim)
-        self.storage = torch.zeros(sizes, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # in it a tensor is made that nobody may write outside
+            self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self.storage = torch.zeros(sizes, dtype=dtype, device=device)
 
     def advance(self, counts: Tensor) -> None:
         """Counts the last forward pass's first `counts[b]` patches of row b as read.
