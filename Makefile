@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: quickstart test fuzz lint bench gpu sanitize sanitized docs wheels install simulator format clean
 
 quickstart: install  ## train an autoencoder and a CALM on real text, then write with it
-	calm-rt quickstart
+	calm-rt quickstart --overwrite
 
 test: install simulator  ## the laws, the models, the pipeline
 	python -m pytest

@@ -130,14 +130,13 @@ def why_reference(
 
 
 def _why_transformed(op: str) -> str | None:
-    """Why a kernel's gradient is not enough here; None where it is."""
-    if op not in _differentiable or torch.compiler.is_compiling():
+    """Why a kernel and its gradient are not enough here; None where they are."""
+    if torch.compiler.is_compiling():
         return None
     if forward_ad._current_level >= 0:
         return f"{op} has no kernel for tangents (forward-mode differentiation)"
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Grad:
-        return f"{op} has no kernel for torch.func's gradients"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return f"{op} has no kernel for torch.func's transforms"
     return None
 
 
@@ -201,22 +200,29 @@ def _dispatched(op: str) -> Callable:
 class backend:
     """How ops run: "auto" (kernels where they exist), "native" (never fall back), "reference".
 
-    As a statement, `calm_rt.backend("native")`, it stays in force; in a `with` it ends there.
+    As a statement, `calm_rt.backend("native")`, it stays in force; in a `with` it ends there. All
+    threads of the process share it.
     Raises ValueError for another name.
     """
 
     def __init__(self, name: str):
-        global _backend
         if name not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-        self._previous, _backend = _backend, name
+        self._name = name
+        self._choose()
+
+    def _choose(self) -> None:
+        global _backend
+        self._previous, _backend, self._in_force = _backend, self._name, True
 
     def __enter__(self) -> "backend":
+        if not self._in_force:  # a second time
+            self._choose()
         return self
 
     def __exit__(self, *_: Any) -> None:
         global _backend
-        _backend = self._previous
+        _backend, self._in_force = self._previous, False
 
 
 _load_error = _load()

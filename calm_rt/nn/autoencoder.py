@@ -3,6 +3,7 @@
 Modules hold parameters under the official names; the arithmetic is `ops.encode` and `ops.decode`.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from calm_rt import ops
 from calm_rt.nn.config import AutoencoderConfig
-from calm_rt.ops.check import check, check_patches
+from calm_rt.ops.check import check, check_patches, is_autocast_on, may_look
 from calm_rt.ops.decode import decode_hidden
 from calm_rt.ops.linear_argmax import screen_vocabulary
 from calm_rt.reference import (
@@ -159,7 +160,7 @@ class Decoder(nn.Module):
 
     def _current_screen(self) -> Tensor | None:
         """The screen while it is of the vocabulary as it is now; a compiled graph has none."""
-        if self.screen is None or torch.compiler.is_compiling():
+        if self.screen is None or not may_look(self.screen):
             return None
         same = self._screened == self._values() and torch.equal(self._sample, self._some_values())
         return self.screen if same else None
@@ -201,9 +202,9 @@ class Autoencoder(nn.Module):
         """
         patch_size = self.config.patch_size
         check_patches("ids", ids, patch_size)
-        device, trained = ids.device.type, self.encoder.is_trained()
         patches, weights = ids.reshape(-1, patch_size), self.encoder.weights()
-        with torch.autocast(device, enabled=trained and torch.is_autocast_enabled(device)):
+        ignored = is_autocast_on(ids.device) and not self.encoder.is_trained()
+        with torch.autocast(ids.device.type, enabled=False) if ignored else nullcontext():
             mean, log_std = ops.encode(patches, weights, eps=self.config.rms_norm_eps)
         shape = (ids.shape[0], ids.shape[1] // patch_size, self.config.latent_size)
         return mean.view(shape), log_std.view(shape)
@@ -247,7 +248,8 @@ def fold_encoder(autoencoder: Autoencoder) -> None:
     once for all K V of them; `encode` then adds K rows (at the official size 4.2 instead of 22
     MFLOP a patch). The tables take K V H numbers (`folded_bytes`; 1.05 GB at the official size in
     float32) and 2 K V H (H + 3 I / K) FLOP (0.8 TFLOP). They move with the module, are not saved,
-    and go when a state dict is loaded; after changing parameters in place, fold again.
+    and go when a state dict is loaded; after changing parameters in place, fold again. Parameters
+    that torch.func.functional_call puts in their place do not change them.
     Raises ValueError where a parameter of the encoder requires a gradient.
     """
     encoder = autoencoder.encoder

@@ -22,6 +22,7 @@ from calm_rt.reference import (
 
 CPU = torch.device("cpu")
 MOST_REMEMBERED = 1024  # row ids
+MOST_INT = 2**63 - 1  # that an op takes
 
 
 def check(condition: bool, name: str, expected: object, got: object) -> None:
@@ -54,7 +55,8 @@ def check_shape(name: str, tensor: Tensor, **sizes: int | None) -> None:
 def check_tensor(name: str, value: object) -> None:
     """Raises ValueError unless the value is a tensor."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {value!r}")
+        got = repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
+        raise ValueError(f"{name}: expected a tensor, got {got}")
 
 
 def check_int(name: str, value: int, least: int, most: int | None = None) -> int:
@@ -64,8 +66,9 @@ def check_int(name: str, value: int, least: int, most: int | None = None) -> int
             value = operator.index(value)
         except TypeError:
             raise ValueError(f"{name}: expected an int, got {value!r}") from None
-    if value < least or (most is not None and value > most):
+    if value < least or value > (MOST_INT if most is None else most):
         bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        bounds = "an int of 64 bits" if most is None and value > MOST_INT else bounds
         raise ValueError(f"{name}: expected {bounds}, got {value}")
     return value
 
@@ -230,7 +233,7 @@ def seed_and_rows(
     returns: [] int64, [R] int64.
     """
     if rows is None:
-        few = num_rows <= MOST_REMEMBERED
+        few = not torch.compiler.is_compiling() and num_rows <= MOST_REMEMBERED
         rows = _remembered(_first_rows, num_rows, device) if few else _first_rows(num_rows, device)
     elif not isinstance(rows, Tensor) or not _is_int64(rows, (num_rows,), device):
         check_shape("rows", rows, R=num_rows)
@@ -272,7 +275,10 @@ def _is_int64(tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> b
 def may_look(tensor: Tensor) -> bool:
     """Whether values can be read for free: no wait for a device, no break of a compiled graph."""
     on_host = type(tensor) is Tensor and tensor.device.type == "cpu"  # a fake tensor has no values
-    return on_host and tensor.numel() > 0 and not torch.compiler.is_compiling()
+    if not on_host or torch.compiler.is_compiling():
+        return False
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # vmap has several
+    return tensor.numel() > 0 and not transformed
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

@@ -66,7 +66,7 @@ def _encode_distinct(ids: Tensor, weights: EncoderWeights, eps: float) -> tuple[
     """
     if may_look(ids):
         tokens, slots = ids.unique(return_inverse=True)
-    elif ids.numel() < weights.embedding.shape[0]:
+    elif torch.compiler.is_exporting() or ids.numel() < weights.embedding.shape[0]:
         tokens, slots = ids, None
     else:
         tokens, slots = None, ids
@@ -95,7 +95,7 @@ def _flat(weights: EncoderWeights | FoldedEncoderWeights) -> tuple:
         first = (weights.tables, [], None, None)
     else:
         first = (weights.embedding, flat_layers(weights.token_layers), *weights.squeeze)
-    norm = weights.norm.to(torch.promote_types(weights.norm.dtype, torch.float32))
+    norm = weights.norm.to(torch.promote_types(first[0].dtype, torch.float32))
     return *first, flat_layers(weights.patch_layers), norm, *weights.latent
 
 

@@ -57,7 +57,8 @@ def energy_score(
         check_float(name, tensor)
     check_device(x.device, mean=mean, log_std=log_std)
     num_targets = check_int("num_targets", num_targets, 1)
-    check(isinstance(beta, Real) and 0 < beta <= 2, "beta", "a number in (0, 2]", repr(beta))
+    if not (isinstance(beta, Real) and 0 < beta <= 2):  # repr of a compiler's number ends its graph
+        raise ValueError(f"beta: expected a number in (0, 2], got {beta!r}")
     seed, rows = seed_and_rows(seed, rows, num_rows, x.device)
 
     wide = torch.promote_types(

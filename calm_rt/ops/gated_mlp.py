@@ -47,7 +47,8 @@ def gated_mlp(
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
     if not _native.use_native("gated_mlp", x, dtype, DTYPES):
-        return _native.call_reference(reference.gated_mlp, x, norm_weight, gate, up, down, eps)
+        arguments = x, norm_weight, gate, up, down, eps
+        return _native.call_reference(reference.gated_mlp, *arguments).to(dtype=x.dtype)
 
     wide = x if x.dtype == dtype else x.float()
     leaves = (x, norm_weight, gate, up, down)
@@ -62,7 +63,7 @@ def gated_mlp(
         eps,
         keep_products,
     )
-    return out.view(x.shape)
+    return out.view(x.shape).to(x.dtype)
 
 
 def _check_shapes(x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:

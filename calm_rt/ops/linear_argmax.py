@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from calm_rt import _native, reference
-from calm_rt.ops.check import alike, check, check_device, check_float, check_int64, check_shape
+from calm_rt.ops.check import (
+    alike,
+    check,
+    check_device,
+    check_float,
+    check_int64,
+    check_shape,
+    check_tensor,
+)
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -79,6 +87,7 @@ def screen_vocabulary(weight: Tensor) -> Tensor | None:
 
 def check_screen(name: str, screen: Tensor) -> None:
     """Raises ValueError unless `screen_vocabulary` may have made it; the kernel compares sizes."""
+    check_tensor(name, screen)
     fits = screen.ndim == 2 and screen.dtype == torch.int8 and screen.device.type == "cpu"
     expected = "what screen_vocabulary makes of the weight, [panels, bytes] int8 on the CPU"
     check(fits, name, expected, f"{list(screen.shape)} {screen.dtype} on {screen.device}")

@@ -123,7 +123,9 @@ def linear_cross_entropy(
     total = loss.sum() if keep else total
     if reduction == "sum":
         return total
-    return total / ((target != ignore_index).sum() if denominator is None else denominator)
+    divisor = (target != ignore_index).sum() if denominator is None else denominator
+    empty = divisor == 0  # the loss is NaN, and its gradient 0 as torch's, not 0 * inf
+    return total / divisor.masked_fill(empty, 1) + (total.detach() / divisor).where(empty, 0)
 
 
 def _count(target: Tensor, vocab_size: int, ignore_index: int) -> int | None:
@@ -136,7 +138,13 @@ def _count(target: Tensor, vocab_size: int, ignore_index: int) -> int | None:
 
 
 def _keeps_grad_logits(hidden: Tensor, weight: Tensor, max_bytes: int) -> bool:
-    """Whether the backward finds the gradient of the logits, which is less than the weight's."""
+    """Whether the backward finds the gradient of the logits, which is less than the weight's.
+
+    Not of float16: divided by the number of rows most of it would be 0, and hidden, multiplied by
+    the scale of a GradScaler, inf. Nor in an exported program, which is for any number of rows.
+    """
+    if hidden.dtype == torch.float16 or torch.compiler.is_exporting():
+        return False
     narrow = hidden.is_cuda or hidden.itemsize >= 4 or hidden.shape[0] <= NARROW_ROWS
     few = hidden.shape[0] <= hidden.shape[1]
     return narrow and few and hidden.shape[0] * weight.shape[0] * hidden.itemsize <= max_bytes

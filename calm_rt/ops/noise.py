@@ -39,7 +39,8 @@ def noise(
     check(
         distribution in ("normal", "uniform"), "distribution", '"normal" or "uniform"', distribution
     )
-    check(dtype.is_floating_point, "dtype", "a floating-point type", dtype)
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    check(floating, "dtype", "a floating-point type", dtype)
     seed = as_seed(seed, rows.device)
     double = dtype == torch.float64
     wide = torch.float64 if double else torch.float32
