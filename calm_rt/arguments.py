@@ -23,6 +23,8 @@ def run_settings(
     options: Namespace, kind: type, names: list[tuple[str, type, str]], **sizes: Any
 ) -> tuple[TokenShards, AutoencoderConfig | CalmConfig | None, TrainingConfig]:
     """Data, model sizes and settings of a training run; a resumed one has its sizes already."""
+    either = not (options.resume and options.overwrite)
+    check(either, "overwrite", "none with --resume (which keeps the run)", options.overwrite)
     shards = TokenShards(options.data)
     fields = TrainingConfig.__dataclass_fields__
     overrides = {
@@ -35,6 +37,7 @@ def run_settings(
         stored = TrainingState.load(Path(options.output)).training
         return shards, None, TrainingConfig(**(stored | overrides))
     header, tokenizer = shards.header, load_tokenizer(options.data)
+    TokenShards(options.data, tokenizer)  # the one that these tokens are of
     special = {"pad": header.pad_id, "bos": tokenizer.bos_id, "eos": header.eos_id}
     config = kind(
         patch_size=shards.patch_size,
@@ -76,12 +79,13 @@ def device_of(options: Namespace) -> str:
     if options.device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=options.device)
+        kind = torch.empty(0, device=options.device).device.type
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"device: expected cpu or cuda, got {options.device} ({reason})"
         ) from error
+    check(kind in ("cpu", "cuda"), "device", "cpu or cuda", options.device)
     return options.device
 
 
@@ -96,6 +100,9 @@ def documents_of(
         expected = f"token ids below vocab_size {vocab_size}"
         check(shards.vocab_size <= vocab_size, "data", expected, shards.vocab_size)
         return shards.held_out_documents(), shards.train_tokens
+    for path in options.data:
+        shards = (Path(path) / "shards.json").is_file()
+        check(not shards, "data", "one folder of token shards, or text", options.data)
     tokenizer = tokenizer_of(options)
     expected = f"the model's of {vocab_size} tokens"
     check(tokenizer.vocab_size <= vocab_size, "tokenizer", expected, tokenizer.vocab_size)
@@ -120,6 +127,9 @@ def prompts_of(options: Namespace) -> list[str]:
         lines = _lines(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: expected UTF-8 text, got {path}: {error}") from error
+    except OSError as error:
+        reason = f"{path} ({error.strerror})"
+        raise ValueError(f"prompts: expected a file that can be read, got {reason}") from error
     if path.suffix != ".jsonl":
         return lines
     prompts = []

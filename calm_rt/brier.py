@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calm_rt.data import TokenShards
-from calm_rt.ops.check import check
+from calm_rt.ops.check import check, check_int
 
 ORDERS = 4  # n-grams of 1 to 4 tokens
 CONFIDENCE = (2.5, 97.5)  # percentiles of an interval
@@ -130,6 +130,7 @@ def windows_of(
     block_size: int | None,
     max_patches: int | None,
     whole_patches: bool = False,
+    vocab_size: int | None = None,
 ) -> list[Window]:
     """The documents in windows of block_size tokens at most, those that hold an n-gram to score.
 
@@ -144,17 +145,18 @@ def windows_of(
     steps = -(-ORDERS // patch_size)  # patches that an n-gram reaches over
     fits = block_size is None or (block_size > 0 and block_size % patch_size == 0)
     check(fits, "block_size", f"a positive multiple of patch_size {patch_size}", block_size)
-    left = np.inf if max_patches is None else max_patches
+    left = np.inf if max_patches is None else check_int("max_patches", max_patches, 1)
     windows = []
     for index, ids in enumerate(documents):
-        ids = ids if isinstance(ids, Tensor) else torch.tensor(np.asarray(ids, dtype=np.int64))
+        ids = _whole_numbers(f"documents[{index}]", ids)
         fits = ids.ndim == 1 and not (whole_patches and len(ids) % patch_size)
         expected = "[tokens]"
         if whole_patches:
             expected += f" with whole patches of {patch_size} (close with EOS, fill with PAD)"
         check(fits, f"documents[{index}]", expected, list(ids.shape))
-        least = int(ids.min()) if len(ids) else 0
-        check(least >= 0, f"documents[{index}]", "token ids of 0 or more", least)
+        for wrong in ids[(ids < 0) | (ids >= (vocab_size or np.inf))][:1].tolist():
+            below = "0 or more" if vocab_size is None else f"[0, {vocab_size})"
+            check(False, f"documents[{index}]", f"token ids in {below}", wrong)
         for start in range(0, len(ids), block_size or max(len(ids), 1)):
             piece = ids[start:][:block_size]
             num_starts = int(min((len(piece) - ORDERS) // patch_size, left))
@@ -165,6 +167,17 @@ def windows_of(
     expected = f"one with {steps + 1} patches or more (and max_patches and block_size to match)"
     check(len(windows) > 0, "documents", expected, "none")
     return windows
+
+
+def _whole_numbers(name: str, ids: Tensor | Sequence[int] | np.ndarray) -> Tensor:
+    if not isinstance(ids, Tensor):
+        array = np.asarray(ids)
+        whole = array.dtype.kind in "iu" or array.size == 0
+        check(whole, name, "token ids", f"{ids!r:.80}")
+        return torch.from_numpy(array.astype(np.int64))
+    whole = not (ids.is_floating_point() or ids.is_complex())
+    check(whole, name, "token ids", ids.dtype)
+    return ids
 
 
 def _grams(windows: list[Window], patch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ from calm_rt.model_folder import (
     INDEX,
     INNER,
     OFFICIAL_TENSORS,
+    SHARDS,
     TENSORS,
     WINDOW,
     ModelFolder,
@@ -87,6 +88,9 @@ def save(
     raises: ValueError for a layout that is none, and for a folder in which other files of tensors
         would be read in place of these.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    kinds = isinstance(model, Autoencoder | Calm)
+    check(kinds, "model", "an Autoencoder or a Calm", type(model).__name__)
     folder = Path(path)
     _check_output(folder, layout, max_shard_bytes)
     tensors, inner = model.state_dict(), None
@@ -193,6 +197,10 @@ def _write(
         files = [path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file()]
         for file in sorted(files, key=lambda file: (file.name == CONFIG, file.suffix == ".json")):
             os.replace(scratch / file, output / file)
+        if layout == "calm_rt":
+            for old in [output / f"{TENSORS}{INDEX}", *output.glob(SHARDS)]:
+                if old.relative_to(output) not in files:  # of the model that was here before
+                    old.unlink(missing_ok=True)
 
 
 def _official_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -95,6 +95,7 @@ def _add_quickstart(commands) -> None:
     )
     command.add_argument("--minutes", type=float, default=5.0, help="for everything (default: 5)")
     command.add_argument("--output", default="runs/quickstart", help="default: runs/quickstart")
+    command.add_argument("--overwrite", action="store_true", help="replace the model in --output")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     _add_json(command)
 
@@ -370,7 +371,7 @@ def _explain(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
     if full:
-        return f"the disk is full ({text}); free some space or choose another --output"
+        return f"the disk is full ({text}); free some space or write elsewhere"
     if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
         return f"{text}; choose a folder that you can write"
     if isinstance(error, ValueError | IndexError | OSError | ImportError | MemoryError):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +30,9 @@ from calm_rt.data import (
 )
 from calm_rt.generation import Generation, Generator
 from calm_rt.hub import local_folder
-from calm_rt.model_folder import copy_tokenizer
+from calm_rt.model_folder import copy_file, copy_tokenizer, drop_tokenizers
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
-from calm_rt.ops.check import check
+from calm_rt.ops.check import check, check_int
 from calm_rt.options import AUTOENCODER_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS
 from calm_rt.training_state import TrainingState
 
@@ -50,7 +49,9 @@ def fetch(options: Namespace) -> None:
 def quickstart(options: Namespace) -> None:
     from calm_rt.quickstart import run_quickstart
 
-    metrics = run_quickstart(options.output, options.corpus, options.minutes, options.seed)
+    metrics = run_quickstart(
+        options.output, options.corpus, options.minutes, options.seed, options.overwrite
+    )
     if options.json:
         _print_json(metrics)
 
@@ -68,7 +69,8 @@ def tokenize(options: Namespace) -> None:
     copy_tokenizer(tokenizer.path.parent, output)
     target = output / f"tokenizer{tokenizer.path.suffix}"
     if tokenizer.path.resolve() != target.resolve():  # under any name
-        shutil.copyfile(tokenizer.path, target)
+        copy_file(tokenizer.path, target)
+    drop_tokenizers(output, [target.name])
     header = shards.header
     if options.json:
         _print_json({"folder": str(output), **vars(header)})
@@ -143,8 +145,12 @@ def generate(options: Namespace) -> None:
 
 def evaluate(options: Namespace) -> None:
     device = device_of(options)
+    check_int("num_draws", options.num_draws, 2)
+    if options.max_patches is not None:
+        check_int("max_patches", options.max_patches, 1)
     model = load_model(options.model, (Calm, Autoencoder), device)
     patch_size = model.config.patch_size
+    window = _window_of(options, model.config) if isinstance(model, Calm) else {}
     documents, train_tokens = documents_of(options, model.config.vocab_size, patch_size)
     autoencoder = model.ae_model if isinstance(model, Calm) else model
     batches = [ids[None] for ids in documents]
@@ -156,8 +162,6 @@ def evaluate(options: Namespace) -> None:
         ),
     }
     if isinstance(model, Calm):
-        longest = model.config.max_position_embeddings * patch_size
-        window = {"block_size": options.block_size or longest, "max_patches": options.max_patches}
         scores = {
             "model": evaluation.brier_lm(
                 model, documents, num_draws=options.num_draws, seed=options.seed, **window
@@ -184,7 +188,10 @@ def evaluate(options: Namespace) -> None:
 def convert(options: Namespace) -> None:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     source, output = Path(options.source), Path(options.output)
-    shard = None if options.max_shard_size is None else int(options.max_shard_size * 1e9)
+    size = options.max_shard_size
+    fits = size is None or 0 < size < float("inf")
+    check(fits, "max_shard_size", "a positive number of GB", size)
+    shard = None if size is None else max(1, int(size * 1e9))
     settings = {"layout": options.layout, "max_shard_bytes": shard, "dtype": dtype}
     converted = checkpoint.convert(source, output, **settings)
     kind = type(converted.model).__name__
@@ -265,6 +272,16 @@ def plan(options: Namespace) -> None:
         _print_json(report)
     else:
         print(planning.plan_table(report))
+
+
+def _window_of(options: Namespace, config: CalmConfig) -> dict[str, int | None]:
+    size = config.patch_size
+    longest = config.max_position_embeddings * size
+    block_size = longest if options.block_size is None else options.block_size
+    fits = 0 < block_size <= longest and block_size % size == 0
+    expected = f"a multiple of patch_size {size}, at most the model's longest {longest}"
+    check(fits, "block_size", expected, block_size)
+    return {"block_size": block_size, "max_patches": options.max_patches}
 
 
 def _report_run(options: Namespace) -> None:

@@ -18,9 +18,9 @@ def kernel_dtypes(op: str) -> dict[str, tuple[torch.dtype, ...]]:
 def info() -> dict[str, Any]:
     """The environment, the build, and for each op and device "native" or the reason it is not.
 
-    returns: {"calm_rt", "python", "torch", "platform", "threads", "devices", "backend", "build",
-        "ops": {op: {device: "native" or "reference: reason"}}}; every value is a str, int, list or
-        dict, so json.dumps takes it.
+    returns: {"calm_rt", "python", "torch", "platform", "threads", "cpu_isa_override", "devices",
+        "backend", "build", "ops": {op: {device: "native" or "reference: reason"}}}; every value is
+        a str, int, list or dict, so json.dumps takes it.
     """
     import calm_rt  # the version stands in the package, which imports this file
 

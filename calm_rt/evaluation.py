@@ -107,8 +107,7 @@ def brier_lm(
     those of `transformers` do, every token of a window is read once, and three more at each start
     and path; of others each of these three takes the whole context. No logits [B, T, V] of more
     than 256 MB exist, unless the model makes them.
-    raises: ValueError for settings and documents that do not fit, or without any n-gram to score;
-        IndexError where a model has no such token.
+    raises: ValueError for settings and documents that do not fit, or without any n-gram to score.
     source: paper section 4, official CALM.eval_brier (which uses one of the pairs).
     """
     check(batch_size >= 1, "batch_size", "at least 1", batch_size)
@@ -125,7 +124,8 @@ def brier_lm(
     elif block_size is None:
         longest = min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
         block_size = max(longest // own_size, 1) * own_size
-    windows = windows_of(documents, own_size, block_size, max_patches, whole_patches=is_calm)
+    sizes = own_size, block_size, max_patches, is_calm, getattr(config, "vocab_size", None)
+    windows = windows_of(documents, *sizes)
     if not draws:  # little padding in a batch
         windows.sort(key=lambda window: len(window.ids), reverse=True)
     start = time.perf_counter()

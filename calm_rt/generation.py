@@ -83,6 +83,8 @@ class Generator:
             steps_per_read = STEPS_PER_READ.get(model.transformer.norm.weight.device.type, 1)
         steps_per_read = check_int("steps_per_read", steps_per_read, 1)
         if tokenizer is not None:
+            kind = "one of load_tokenizer, or with its methods"
+            check(hasattr(tokenizer, "stream"), "tokenizer", kind, type(tokenizer).__name__)
             fits = f"the model's {config.vocab_size} tokens (use the tokenizer it was trained with)"
             check(
                 tokenizer.vocab_size <= config.vocab_size, "tokenizer", fits, tokenizer.vocab_size

@@ -5,6 +5,8 @@ it sees and on nothing else: accumulation, resuming and several processes draw t
 uninterrupted process.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,11 @@ MASK_ID = 0
 PRECISIONS = ("fp32", "bf16")
 
 
-def autocast(precision: str, device: torch.device | str) -> torch.autocast:
-    """The autocast context of a precision: "bf16" takes matrix products in bfloat16."""
+def autocast(precision: str | None, device: torch.device | str) -> AbstractContextManager:
+    """The autocast context of a precision: "bf16" takes matrix products in bfloat16, "fp32" none of
+    them in another type than the weights', None what the caller has chosen."""
+    if precision is None:
+        return nullcontext()
     check(precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", precision)
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
@@ -31,21 +36,22 @@ def autoencoder_loss(
     *,
     seed: int | Tensor = 0,
     rows: Tensor | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     random_tokens: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """K cross-entropy + kl_weight KL, with masked tokens and dropout on the latent vector.
 
     ids: [B, P K] int64.  rows: [B P] int64, row ids of the patches; None for 0, 1, ....
-    precision: "fp32" or "bf16" (autocast).
+    precision: "fp32" or "bf16" (autocast); None for the caller's torch.autocast, or none.
     random_tokens: the share of tokens that first become any token of the vocabulary, so that what
         the text hardly has comes back too; not in the paper.
     returns: loss [] and metrics of [] tensors: cross_entropy (nats a token), kl (nats a patch,
         without the clip).
-    raises: ValueError for ids that are not whole patches.
+    raises: ValueError for ids that are not whole patches, and for a share that is none.
     source: official Autoencoder.forward; each dimension's KL counts as kl_clamp at least.
     """
     config = model.config
+    check(0 <= random_tokens <= 1, "random_tokens", "a share in [0, 1]", random_tokens)
     patches, rows = _patches(ids, config.patch_size, rows)
     p = config.ae_dropout
     with autocast(precision, ids.device):
@@ -62,7 +68,7 @@ def autoencoder_loss(
         options = {"seed": seed, "stream": Stream.DROPOUT, "distribution": "uniform"}
         kept = ops.noise(rows, 1, config.latent_size, **options)[0] >= p
         latents = (mean + log_std.exp() * eps) * kept / (1 - p)
-        hidden = model.decoder(latents)  # [R, K, H]
+        hidden = model.decoder(latents.to(model.decoder.lm_head_weight.dtype))  # [R, K, H]
         cross_entropy = ops.linear_cross_entropy(
             hidden.flatten(0, 1), model.decoder.lm_head_weight, patches.flatten()
         )
@@ -78,7 +84,7 @@ def energy_loss(
     *,
     seed: int | Tensor = 0,
     rows: Tensor | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     num_targets: int = 100,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-mean energy score of config.num_samples draws of every next patch, against its posterior.
@@ -87,6 +93,7 @@ def energy_loss(
     and evaluation.
     ids: [B, P K] int64, P >= 2; the first patch is context only.
     rows: [B P] int64, row ids of the patches; None for 0, 1, ....
+    precision: as of autoencoder_loss.
     returns: loss [] and metrics of [] tensors: the mean distances diversity (draw to draw) and
         fidelity (draw to target); loss = 2 fidelity - diversity.
     raises: ValueError for ids that are not whole patches or fewer than two.

@@ -7,12 +7,14 @@ all tensors are held against the configuration before the first of them is read.
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from calm_rt.atomic import replace
 from calm_rt.hub import TOKENIZERS
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check
@@ -20,6 +22,7 @@ from calm_rt.tensor_files import StoredTensors, read_json
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
+SHARDS = "model-*-of-*.safetensors"  # that save writes
 OFFICIAL_TENSORS = "pytorch_model.bin"
 WINDOW = 64 << 20  # bytes of tensors read with one mapping of a file
 INDEX = ".index.json"  # behind either name: which shard holds which tensor
@@ -60,7 +63,7 @@ class ModelFolder:
         first, *others = sorted(self._names[name], key=lambda stored: stored != name)
         tensor = self._stored[first]
         for other in others:
-            if not torch.equal(tensor, self._stored[other]):
+            if not _same_bits(tensor, self._stored[other]):
                 raise ValueError(f"{self.file}: {other} and {first} must be the same tensor")
         return tensor
 
@@ -175,9 +178,32 @@ def _believable(config: Config, tensors: dict[str, Tensor]) -> Config:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the files of a tokenizer from one folder to another, those that are there."""
-    if source.resolve() == target.resolve():
+    """Copies the files of a tokenizer from one folder to another, in place of what is there.
+
+    Nothing changes where the source has none.
+    """
+    names = [name for name in TOKENIZERS if (source / name).is_file()]
+    if not names or source.resolve() == target.resolve():
         return
+    for name in names:
+        copy_file(source / name, target / name)
+    drop_tokenizers(target, names)
+
+
+def drop_tokenizers(folder: Path, kept: Sequence[str]) -> None:
+    """Deletes the files of other tokenizers, one of which might be read in place of `kept`."""
     for name in TOKENIZERS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if name not in kept:
+            (folder / name).unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, whole or not at all; what a link points to stays as it is."""
+    replace(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Also where they are NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))

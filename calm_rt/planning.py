@@ -174,7 +174,7 @@ def plan_training(
         a step needs beyond), peak_bytes; flop_per_step; tokens_per_step.
     raises: ValueError for sizes below 1, or a block_size of less than two patches.
     """
-    _check_counts(batch_size=batch_size, num_targets=num_targets)
+    _check_counts(batch_size=batch_size, num_targets=num_targets, block_size=block_size)
     size = config.patch_size
     check(block_size > size, "block_size", f"more than one patch of {size} tokens", block_size)
     block_size += -block_size % size

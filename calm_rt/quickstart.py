@@ -21,8 +21,9 @@ from calm_rt.data import (
     write_shards,
 )
 from calm_rt.generation import Generator
+from calm_rt.model_folder import CONFIG
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
-from calm_rt.ops.check import check
+from calm_rt.ops.check import check, check_int
 from calm_rt.tensor_files import write_json
 from calm_rt.threads import faster_threads, restored_threads
 from calm_rt.training import TrainingConfig, train, train_autoencoder
@@ -68,23 +69,28 @@ def run_quickstart(
     corpus: Sequence[str | Path] | None = None,
     minutes: float = 5.0,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Trains an autoencoder and a CALM on text, measures them, and prints a table and samples.
 
     output: gets the model (config.json, model.safetensors, tokenizer.model), log.jsonl, curves.png,
-        metrics.json, and the folders data and autoencoder, in place of an earlier quickstart's.
+        metrics.json, and the folders data and autoencoder.
     corpus: text files, folders or .jsonl; None for the source of Python's standard library.
     minutes: for everything; the language model trains in what the other stages leave.
+    overwrite: whether to replace a model in output, whose config.json goes with its tokenizer.
     returns: what metrics.json holds.
     raises: ValueError and OSError for a corpus or a folder that cannot be used, KeyboardInterrupt.
     """
     check(0 < minutes < float("inf"), "minutes", "a positive number", minutes)
+    seed, output = check_int("seed", seed, -(2**63), 2**63 - 1), Path(output)
+    model_there = (output / CONFIG).exists()
+    free = "a folder without a model (or overwrite, to replace it)"
+    check(overwrite or not model_there, "output", free, output)
     start = time.perf_counter()
 
     def stage(name: str) -> None:
         print(f"[{time.perf_counter() - start:5.1f} s] {name}", flush=True)
 
-    output = Path(output)
     stage("tokenizer and token shards")
     tokenizer, shards = prepare_data(default_corpus() if corpus is None else list(corpus), output)
     documents = shards.header.num_documents
@@ -115,6 +121,7 @@ def run_quickstart(
 def prepare_data(paths: list[str | Path], output: Path) -> tuple[Tokenizer, TokenShards]:
     """The first stage: a tokenizer of the text, in output, and its tokens, in output/data."""
     tokenizer = _train_tokenizer(paths, output)
+    (output / CONFIG).unlink(missing_ok=True)  # of a model that another tokenizer is for
     return tokenizer, write_shards(read_documents(paths), tokenizer, output / "data", PATCH_SIZE)
 
 

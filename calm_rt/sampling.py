@@ -41,7 +41,7 @@ WHOLE_SEARCH = 1 << 30
 # Largest 1 / T of algorithm 1, which counts as many calls a trial; no patch is found near it.
 LARGEST_POWER = 1 << 30
 # 1 / T this close (relative) to an integer is that integer: covers T rounded to float32
-SNAP = 2.0**-20
+SNAP = 2.0**-19
 
 METHODS = ("pool", "exact")
 

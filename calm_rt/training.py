@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from calm_rt import checkpoint, evaluation
+from calm_rt.atomic import scratch_folder
 from calm_rt.data import TokenShards
 from calm_rt.losses import autoencoder_loss, energy_loss
+from calm_rt.model_folder import CONFIG, TENSORS
 from calm_rt.nn import (
     Autoencoder,
     AutoencoderConfig,
@@ -105,6 +107,8 @@ def train(
         model.ae_model.load_state_dict(autoencoder.state_dict())
         return model
 
+    target = training.target_accuracy
+    check(target is None, "target_accuracy", "None for a CALM, which has no accuracy", target)
     model, output = _start(config, Calm, build, output, training.seed, resume, overwrite)
     limit = model.config.max_position_embeddings * model.config.patch_size
     check(
@@ -164,11 +168,12 @@ def _start(
             )
         return model, output
     check(config is not None, "config", "the model's sizes", None)
-    if (output / STATE).exists() and not overwrite:
-        raise ValueError(
-            f"output: {output} already holds a run; resume it or choose another folder"
-        )
-    output.mkdir(parents=True, exist_ok=True)
+    taken = [name for name in (STATE, CONFIG, TENSORS) if (output / name).exists()]
+    if taken and not overwrite:
+        kind = "run; resume it, overwrite it" if STATE in taken else "model; overwrite it"
+        raise ValueError(f"output: {output} already holds a {kind} or choose another folder")
+    with scratch_folder(output, "output"):  # says so where nothing can be written
+        pass
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build(), output
@@ -235,11 +240,7 @@ def _state(
 ) -> TrainingState:
     """The state to start from; a resumed run must have the settings and the data of its start."""
     settings = json.loads(json.dumps(dataclasses.asdict(training)))  # tuples as JSON has them
-    fingerprint = {
-        "num_tokens": data.num_tokens,
-        "vocab_size": data.vocab_size,
-        "patch_size": data.patch_size,
-    }
+    fingerprint = dataclasses.asdict(data.header)
     if not resume:
         return TrainingState(training=settings, data=fingerprint)
     state = TrainingState.load(output)
@@ -250,12 +251,9 @@ def _state(
             f"{state.training.get(name)} as in {output}",
             settings[name],
         )
-    check(
-        fingerprint == state.data,
-        "data",
-        f"the shards of the run in {output}, {state.data}",
-        fingerprint,
-    )
+    for name, value in state.data.items():
+        expected, got = (f"{name} {v}" for v in (f"{value} as in {output}", fingerprint.get(name)))
+        check(fingerprint.get(name) == value, "data", expected, got)
     state.training = settings
     return state
 

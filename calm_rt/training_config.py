@@ -4,8 +4,19 @@ import dataclasses
 import math
 
 from calm_rt.losses import PRECISIONS
-from calm_rt.ops.check import check
+from calm_rt.ops.check import check, check_int
 
+COUNTS = (  # each at least 1
+    "steps",
+    "batch_size",
+    "block_size",
+    "accumulation",
+    "log_every",
+    "evaluate_every",
+    "save_every",
+    "evaluation_blocks",
+    "num_targets",
+)
 SCHEDULES = ("constant", "cosine", "linear")
 # settings that a resumed run may change; the others would make it another run
 FREE_SETTINGS = {
@@ -48,21 +59,10 @@ class TrainingConfig:
     target_accuracy: float | None = None  # on held-out tokens; ends an autoencoder's run
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "block_size",
-            "accumulation",
-            "log_every",
-            "evaluate_every",
-            "save_every",
-        ):
-            value = getattr(self, name)
-            check(isinstance(value, int) and value >= 1, name, "an int of at least 1", value)
-        check(
-            self.evaluation_blocks >= 1, "evaluation_blocks", "at least 1", self.evaluation_blocks
-        )
-        check(self.warmup_steps >= 0, "warmup_steps", "0 or more", self.warmup_steps)
+        for name in COUNTS:
+            check_int(name, getattr(self, name), 1)
+        check_int("warmup_steps", self.warmup_steps, 0)
+        check_int("seed", self.seed, -(2**63), 2**63 - 1)
         check(
             0 < self.learning_rate < math.inf,
             "learning_rate",
@@ -71,12 +71,16 @@ class TrainingConfig:
         )
         check(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more", self.weight_decay)
         check(
-            all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)", self.betas
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "betas",
+            "two numbers in [0, 1)",
+            self.betas,
         )
         check(self.clip_norm > 0, "clip_norm", "a positive number", self.clip_norm)
         share = 0 <= self.random_tokens < 1
         check(share, "random_tokens", "a share in [0, 1)", self.random_tokens)
-        check(self.num_targets >= 1, "num_targets", "at least 1", self.num_targets)
+        target = self.target_accuracy is None or 0 < self.target_accuracy <= 1
+        check(target, "target_accuracy", "a share in (0, 1]", self.target_accuracy)
         check(
             self.minutes is None or self.minutes > 0, "minutes", "a positive number", self.minutes
         )

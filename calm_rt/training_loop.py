@@ -17,7 +17,7 @@ from calm_rt.model_folder import copy_tokenizer
 from calm_rt.nn import Autoencoder, Calm
 from calm_rt.threads import faster_threads, restored_threads
 from calm_rt.training_config import TrainingConfig
-from calm_rt.training_state import Interrupt, TrainingState, World, trainable
+from calm_rt.training_state import STATE, Interrupt, TrainingState, World, trainable
 
 THREADS_EVERY = 100  # steps between choices of the number of threads
 PLOT_SECONDS = 60  # at least between two pictures of the curves in a run
@@ -61,8 +61,10 @@ class TrainingLoop:
     def run(self) -> None:
         """Trains to the end of the steps or the minutes, to the target accuracy, or to Ctrl-C."""
         training, state = self.training, self.state
+        if self.leads and self.saved_step is None:
+            self._begin()
         log = TrainingLog(self.output, state.step) if self.leads else None
-        reached = interrupted = False
+        reached, interrupted = self._reached(), False
         with Interrupt() as interrupt, self._progress_bar() as bar, restored_threads():
             while not (reached or interrupted or self._progress() >= 1):
                 if state.step % THREADS_EVERY == 0:
@@ -72,26 +74,31 @@ class TrainingLoop:
                 values = self._step(interrupt.requested)
                 interrupted = values.pop("interrupted") > 0
                 self._add(values)
-                last = interrupted or self._progress() >= 1
+                ended = self._progress() >= 1
+                last = interrupted or ended
                 bar.update(self._position() - bar.n)
                 if (state.step % training.log_every == 0 or last) and self.leads:
                     line = self._means()
                     log.write(state.step, line)
                     speed = f"{line['tokens_per_second']:,} tokens/s"
                     bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed}")
-                if (state.step % training.evaluate_every == 0 or last) and not interrupted:
+                if state.step % training.evaluate_every == 0 or ended:
                     metrics = self.world.agree(self._evaluate() if self.leads else None)
                     if self.leads:
                         log.write(state.step, metrics)
                         bar.write(f"step {state.step}: {_in_words(metrics)}", file=sys.stderr)
-                    target = training.target_accuracy
-                    reached = target is not None and metrics["accuracy"] >= target
+                    state.accuracy = metrics.get("accuracy")
+                    reached = self._reached()
                 ends = last or reached
                 if (state.step % training.save_every == 0 or ends) and self.leads:
                     self._save(plot=ends or time.perf_counter() > self.plotted + PLOT_SECONDS)
         if interrupted:
             where = f"step {state.step} is saved in {self.output}"
             raise KeyboardInterrupt(f"{where}; resume continues there")
+
+    def _reached(self) -> bool:
+        target, accuracy = self.training.target_accuracy, self.state.accuracy
+        return target is not None and accuracy is not None and accuracy >= target
 
     def _progress(self) -> float:
         return self.training.progress(self.state.step, self.state.seconds)
@@ -192,8 +199,14 @@ class TrainingLoop:
         self.model.train()
         return metrics
 
+    def _begin(self) -> None:
+        """Nothing of an earlier run may be resumed as this one: its state goes first, and what a
+        state does not hold, sizes and frozen parameters, is there before the first is."""
+        (self.output / STATE).unlink(missing_ok=True)
+        self.model.save(self.output)
+
     def _save(self, plot: bool) -> None:
-        """The state first: whatever is interrupted behind it, resuming reads this one file."""
+        """The state first: resuming takes from it all that trains."""
         self.state.save(self.output, self.model, self.optimizer)
         self.saved_step = self.state.step
         self.model.save(self.output)

@@ -95,6 +95,7 @@ class TrainingState:
     seconds: float = 0.0  # of training, over all interruptions
     precision: str | None = None  # decided at the first start, kept by every resume
     training: dict[str, Any] = dataclasses.field(default_factory=dict)  # the TrainingConfig
+    accuracy: float | None = None  # of an autoencoder, at the last evaluation
     # what tells the shards from others
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
 

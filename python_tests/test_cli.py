@@ -131,6 +131,23 @@ def test_quickstart(tmp_path, capsys):
     assert output_of(capsys, *command).startswith("The")
 
 
+def test_quickstart_replaces_a_model_when_asked(folder, fails, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "calm", run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = ["quickstart", "--corpus", folder / "corpus.jsonl", "--output", run]
+    fails(command, "output: expected a folder without a model", "overwrite")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calm_rt.quickstart.write_shards", interrupted)
+    assert cli.main([*map(str, command), "--overwrite"]) == 130
+    monkeypatch.undo()
+    fails(["generate", "--model", run, "--prompt", "x"], "config.json")  # not of two runs
+
+
 # ---- bad input ----
 
 
@@ -170,6 +187,10 @@ def test_bad_training_settings(folder, fails, tmp_path):
     fails([*start, *SHORT, "--num-encoder-layers", 3], "num_encoder_layers", "even")
     fails([*start, *SHORT, "--learning-rate", "nan"], "learning_rate")
     fails([*start, *SHORT, "--device", "abacus"], "device", "abacus")
+    fails([*start, *SHORT, "--device", "meta"], "device: expected cpu or cuda, got meta")
+    fails([*start, *SHORT, "--target-accuracy", 99.9], "target_accuracy", "a share")
+    fails([*start, *SHORT, "--seed", 2**64], "seed")
+    fails([*start, *SHORT, "--resume", "--overwrite"], "overwrite", "--resume")
     fails(["train-autoencoder", tmp_path, "--output", tmp_path / "run"], "calm-rt tokenize")
     fails(["train-autoencoder", data, "--output", tmp_path, "--resume"], "start it without resume")
     fails(["train", data, "--output", tmp_path / "run"], "autoencoder")
@@ -220,9 +241,21 @@ def test_bad_requests(folder, fails):
     fails([*generate, "--prompts", "-"], "not allowed with", "--prompt")
     fails([*generate, "--method", "best"], "method")
     fails([*generate, "--max-batch-size", 0], "max_batch_size")
+    prompts = ["generate", "--model", folder / "calm", "--prompts"]
+    for path in (folder / "absent", folder):
+        fails([*prompts, path], "prompts: expected a file that can be read", str(path))
+    for size in ("inf", "nan", -1):
+        convert = ["convert", folder / "calm", folder / "out", "--max-shard-size", size]
+        fails(convert, "max_shard_size: expected a positive number of GB")
+    fails(["plan", "--prompt-tokens", -5], "prompt_tokens")
     evaluate = ["evaluate", folder / "calm", folder / "data"]
     fails([*evaluate, "--num-draws", 1], "num_draws")
-    fails([*evaluate, "--block-size", 3], "block_size")
+    for size in (0, 3, 10**8):
+        fails([*evaluate, "--block-size", size], "block_size")
+    fails([*evaluate, "--max-patches", 0], "max_patches")
+    fails(
+        [*evaluate, folder / "corpus.jsonl"], "data: expected one folder of token shards, or text"
+    )
 
 
 def test_unwritable_folder(folder, fails, tmp_path):
@@ -243,7 +276,7 @@ def test_full_disk(folder, fails, tmp_path, monkeypatch):
     for writer in ("save_file", "stream_tensors"):
         monkeypatch.setattr(f"calm_rt.tensor_files.{writer}", full)
     start = ["train-autoencoder", folder / "data", *SHORT, *SIZES, "--steps", 2]
-    fails([*start, "--output", tmp_path], "the disk is full", "--output")
+    fails([*start, "--output", tmp_path], "the disk is full", "elsewhere")
     fails(["convert", folder / "calm", tmp_path / "out"], "the disk is full")
 
 

@@ -159,6 +159,13 @@ def test_shards(autoencoder, tmp_path):
         assert len(part) == 1 or sum(t.nbytes for t in part.values()) <= 8000
     total = sum(t.nbytes for part in tensors for t in part.values())
     assert where["metadata"]["total_size"] == total
+    checkpoint.save(autoencoder, target, max_shard_bytes=30_000)  # in their place
+    where = json.loads((target / INDEX).read_text())
+    left = {file.name for file in target.glob("*.safetensors")}
+    assert left == set(where["weight_map"].values()) and len(left) < len(files)
+    checkpoint.save(autoencoder, target)
+    assert [file.name for file in target.glob("*.safetensors*")] == ["model.safetensors"]
+    assert_same(autoencoder, checkpoint.load(target))
 
 
 def test_shards_must_be_what_the_index_says(autoencoder, tmp_path):

@@ -325,10 +325,13 @@ def test_bad_input():
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"block_size": 10}, "block_size: expected a positive multiple of patch_size 4, got 10"),
         ({"num_bootstrap": 0}, "num_bootstrap: expected at least 1, got 0"),
-        ({"max_patches": 0}, "documents: expected one with 2 patches or more"),
+        ({"max_patches": 0}, "max_patches: expected at least 1, got 0"),
         ({"documents": []}, "documents: expected one with 2 patches or more"),
+        ({"documents": ["text"]}, r"documents\[0\]: expected token ids, got 'text'"),
+        ({"documents": [[0.5] * 8]}, r"documents\[0\]: expected token ids, got \[0.5"),
+        ({"documents": [[0] * 7 + [-1]]}, r"documents\[0\]: expected token ids in .*, got -1"),
         (
-            {"documents": [torch.zeros(6)]},
+            {"documents": [torch.zeros(6, dtype=torch.int64)]},
             r"documents\[0\]: expected \[tokens\] with whole patches",
         ),
     ]

@@ -265,7 +265,7 @@ def test_full_disk_keeps_the_last_checkpoint(shards, tmp_path, monkeypatch, fail
 
 def test_unwritable_folder(shards, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match=r"output: cannot write into .*file/run"):
         run(shards, tmp_path / "file" / "run", 2)
 
 

@@ -153,7 +153,7 @@ class CalmConfig(_Config):
         _require(self.rope_theta > 0, "rope_theta", "a positive number", self.rope_theta)
         heads, key_heads = self.num_attention_heads, self.num_key_value_heads
         paired = self.hidden_size % (2 * heads) == 0  # rotary embedding turns pairs of features
-        fits = f"half a divisor of hidden_size {self.hidden_size}"
+        fits = f"a number of which the double divides hidden_size {self.hidden_size}"
         _require(paired, "num_attention_heads", fits, heads)
         fits = f"a divisor of num_attention_heads {heads}"
         _require(heads % key_heads == 0, "num_key_value_heads", fits, key_heads)
