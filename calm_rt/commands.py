@@ -29,7 +29,7 @@ from calm_rt.data import (
     write_shards,
 )
 from calm_rt.generation import Generation, Generator
-from calm_rt.hub import local_folder
+from calm_rt.hub import BESIDE_TOKENIZERS, local_folder
 from calm_rt.model_folder import copy_file, copy_tokenizer, drop_tokenizers
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check, check_int
@@ -70,7 +70,7 @@ def tokenize(options: Namespace) -> None:
     target = output / f"tokenizer{tokenizer.path.suffix}"
     if tokenizer.path.resolve() != target.resolve():  # under any name
         copy_file(tokenizer.path, target)
-    drop_tokenizers(output, [target.name])
+    drop_tokenizers(output, [target.name, *BESIDE_TOKENIZERS])
     header = shards.header
     if options.json:
         _print_json({"folder": str(output), **vars(header)})

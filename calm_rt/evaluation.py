@@ -116,7 +116,8 @@ def brier_lm(
     usual = 8 if least == 2 else 1
     num_draws = check_int("num_draws", usual if num_draws is None else num_draws, least)
     config = getattr(model, "config", None)
-    own_size = config.patch_size if is_calm else ORDERS if patch_size is None else patch_size
+    patch_size = patch_size if patch_size is None else check_int("patch_size", patch_size, 1)
+    own_size = config.patch_size if is_calm else patch_size or ORDERS
     check(patch_size in (None, own_size), "patch_size", f"the model's {own_size}", patch_size)
     longest = getattr(config, "max_position_embeddings", None)
     if block_size is None and is_calm:

@@ -6,12 +6,8 @@ from pathlib import Path
 from calm_rt.ops.check import check
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-TOKENIZERS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+BESIDE_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json")
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", *BESIDE_TOKENIZERS)
 
 
 def local_folder(path: str | Path, hub: bool, *, tokenizer: bool = False) -> Path:

@@ -13,7 +13,7 @@ import pytest
 from small_runs import SENTENCES, SHORT, SIZES, output_of
 
 from calm_rt import checkpoint, cli
-from calm_rt.data import TokenShards
+from calm_rt.data import TokenShards, load_tokenizer
 from calm_rt.training_state import STATE
 
 COMMANDS = [
@@ -70,6 +70,24 @@ def test_tokenize(folder, tmp_path, capsys):
     assert report["patch_size"] == 3 and report["vocab_size"] == 300
     assert TokenShards(tmp_path).num_tokens == report["num_tokens"]
     assert (tmp_path / "tokenizer.model").is_file()
+
+
+def test_tokenize_again_with_another_tokenizer(folder, tmp_path):
+    """The one before would be read first."""
+    tokenizers = pytest.importorskip("tokenizers")
+    source, output = tmp_path / "source", tmp_path / "output"
+    source.mkdir()
+    vocabulary = {"<s>": 0, "</s>": 1, "[PAD]": 2, "a": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.save(str(source / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}
+    (source / "special_tokens_map.json").write_text(json.dumps(special))
+    shutil.copytree(folder / "data", output)
+    command = ["tokenize", folder / "corpus.jsonl", "--output", output, "--tokenizer"]
+    assert cli.main([*map(str, command), str(source / "tokenizer.json")]) == 0
+    assert TokenShards(output, load_tokenizer(output)).header.vocab_size == 4
+    assert not (output / "tokenizer.model").exists()
+    assert (output / "special_tokens_map.json").is_file()
 
 
 def test_train_resume(folder, tmp_path, capsys):
