@@ -131,6 +131,8 @@ def unpatch(model: nn.Module) -> None:
     """Gives a patched model the methods of its class back.
 
     A method that somebody wrapped in the meantime stays wrapped, and leads to the official one.
+    An embedding that patching tied stays tied: the parameter that it had before has not followed
+    training, loading or a change of type since.
     raises: ValueError for a model that is not patched.
     """
     model = _unwrap(model)
@@ -288,8 +290,7 @@ def _tie(model: nn.Module, state: Patch) -> tuple[bool, str | None]:
     if head.shape != embedding.shape or not torch.equal(head, embedding):
         reason = "embedding and output projection differ: one was not loaded"
         return False, f"{reason} (calm_rt.load reads every layout)"
-    decoder.lm_head_weight = embedding
-    state.undo.append(lambda: setattr(decoder, "lm_head_weight", head))
+    decoder.lm_head_weight = embedding  # for good, see unpatch
     return True, None
 
 

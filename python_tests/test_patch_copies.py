@@ -1,0 +1,42 @@
+"""What outlives a patch, and what its copies share: parameters that were tied, tables, methods."""
+
+import pytest
+import torch
+from official_standin import build, token_ids
+from torch import nn
+
+import calm_rt
+
+
+def untie(model: nn.Module) -> nn.Module:
+    """Two parameters where the official loading paths leave two."""
+    inner = getattr(model, "ae_model", model)
+    inner.decoder.lm_head_weight = nn.Parameter(inner.encoder.embed_tokens.weight.detach().clone())
+    return model
+
+
+def is_tied(model: nn.Module) -> bool:
+    inner = getattr(model, "ae_model", model)
+    return inner.decoder.lm_head_weight is inner.encoder.embed_tokens.weight
+
+
+@pytest.mark.parametrize("change", ["train", "load", "bfloat16"])
+def test_an_embedding_that_was_tied_stays_tied(change):
+    model, ids = untie(build("Autoencoder")).train(), token_ids()
+    forward = model.forward
+    with calm_rt.patch(model) as report:
+        assert "tied_embedding" in report.cured
+        if change == "train":
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            for _ in range(20):
+                optimizer.zero_grad()
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+        elif change == "load":
+            model.load_state_dict(build("Autoencoder", seed=1).state_dict())
+        else:
+            model.to(torch.bfloat16)
+    assert is_tied(model) and model.forward == forward
+    state = model.state_dict()
+    embedding = state["encoder.embed_tokens.weight"]
+    assert torch.equal(state["decoder.lm_head_weight"], embedding)
