@@ -49,7 +49,7 @@ class Patch:
     keep_bugs: frozenset[str] = frozenset()
     switches: set[str] = field(default_factory=set)  # what is replaced
     installed: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
-    undo: list[Any] = field(default_factory=list)  # further calls that unpatching makes
+    undo: list[Any] = field(default_factory=list)  # bound methods, as copies take theirs along
 
     def __reduce_ex__(self, protocol: int) -> Any:
         # methods of an instance are found by names that its class does not have
@@ -60,6 +60,10 @@ class Patch:
         memo[id(self)] = other = object.__new__(type(self))
         vars(other).update(copy.deepcopy(vars(self), memo))
         return other
+
+    def drop_tables(self, *_: Any) -> None:
+        """A hook of the official encoder: they belong to the parameters from before loading."""
+        self.autoencoder.encoder.tables = None
 
 
 def seed_on(device: torch.device) -> Tensor:

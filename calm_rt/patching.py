@@ -322,8 +322,6 @@ def _fold(model: nn.Module, state: Patch, report: PatchReport) -> None:
         report.kept["fold_encoder"] = str(error)
         return
     encoder = model.ae_model.encoder
-    hook = encoder.register_load_state_dict_post_hook(
-        lambda *_: setattr(view.encoder, "tables", None)
-    )
+    hook = encoder.register_load_state_dict_post_hook(state.drop_tables)
     state.undo.append(hook.remove)
     report.replaced["fold_encoder"] = f"tables of {folded_bytes(view):,} bytes"

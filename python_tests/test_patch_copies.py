@@ -1,5 +1,7 @@
 """What outlives a patch, and what its copies share: parameters that were tied, tables, methods."""
 
+import copy
+
 import pytest
 import torch
 from official_standin import build, token_ids
@@ -40,3 +42,30 @@ def test_an_embedding_that_was_tied_stays_tied(change):
     state = model.state_dict()
     embedding = state["encoder.embed_tokens.weight"]
     assert torch.equal(state["decoder.lm_head_weight"], embedding)
+
+
+def test_unpatching_a_copy_leaves_the_original_alone():
+    model = untie(build("Autoencoder"))
+    calm_rt.patch(model)
+    other = copy.deepcopy(model)
+    assert is_tied(other)
+    calm_rt.unpatch(other)
+    assert is_tied(model) and is_tied(other)
+    assert "forward" in vars(model) and "forward" not in vars(other)
+
+
+def test_loading_into_a_copy_drops_its_own_tables():
+    model, ids = build(), token_ids()
+    calm_rt.patch(model, fold_encoder=True)
+    other = copy.deepcopy(model)
+    fresh = build(seed=1)
+    other.load_state_dict(fresh.state_dict())
+    calm_rt.patch(fresh)
+    views = [m._calm_rt_patch.autoencoder for m in (model, other, fresh)]
+    assert [view.encoder.tables is None for view in views] == [False, True, True]
+    assert torch.equal(views[1].encode(ids)[0], views[2].encode(ids)[0])
+    calm_rt.unpatch(other)
+    assert len(model.ae_model.encoder._load_state_dict_post_hooks) == 1
+    assert not other.ae_model.encoder._load_state_dict_post_hooks
+    model.load_state_dict(other.state_dict())
+    assert views[0].encoder.tables is None
