@@ -170,7 +170,7 @@ def model_forward(
         targets = mean + eps * log_std.exp()
         values = self.generative_head(z=repeated, target=targets)  # [S R]
         values = values.view(self.num_samples, -1).mean(0)
-    loss = values.mean() if weight is None else (values * weight).sum() / weight.sum()
+    loss = values.mean() if weight is None else _weighted_mean(values, weight)
     if self.training:
         return patch.output(loss=loss)
     if "eval_brier" in patch.switches and size < ORDERS:
@@ -355,6 +355,12 @@ def _targets_of(
         patches = torch.where(mask[..., None], patches, 0).flatten(0, 1)
         return hidden.flatten(0, 1), patches, mask.flatten().float()
     return hidden[mask], patches[mask], None
+
+
+def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """values, weight: [R].  Of no targets NaN with gradients of zero, as `mean` of no rows."""
+    count = weight.sum()
+    return ((values * weight).sum() / count.clamp(min=1)).masked_fill(count == 0, math.nan)
 
 
 def _draws(model: nn.Module, patch: Patch, hidden: Tensor, count: int) -> Tensor:

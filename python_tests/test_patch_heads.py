@@ -57,6 +57,21 @@ def test_generate_has_the_same_distribution(kind, temperature):
     assert scipy.stats.chi2_contingency(table.numpy()).pvalue > 1e-6
 
 
+@pytest.mark.parametrize("kind", ("EnergyTransformer", *KINDS))
+def test_no_target_gives_no_gradient(kind):
+    """The same eager, where there are no rows, and compiled, where all of them weigh nothing."""
+    model, ids = build(kind).train(), token_ids()
+    calm_rt.patch(model)
+    torch.compiler.reset()
+    for module in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        loss = module(input_ids=ids, labels=torch.full_like(ids, -100)).loss
+        loss.backward()
+        assert loss.isnan()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert grads and not any(grad.any() for grad in grads)
+
+
 @pytest.mark.parametrize("method", ["pool", "exact"])
 def test_a_seed_repeats_a_text_and_nothing_else_is_seeded(method):
     model = build("FlowTransformer", vocab_size=8)
