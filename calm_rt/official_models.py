@@ -3,7 +3,8 @@
 Nothing here imports the official code. A view is one of our modules whose parameter dictionaries
 are those of the official module, so it follows whatever happens to them (training, .to, loading)
 and holds no parameter of its own. It is only made where names and shapes agree with ours one by
-one: an adapter or a quantised layer, whose arithmetic is another, does not.
+one: an adapter or a quantised layer, whose arithmetic is another, does not. Submodules it does not
+follow: `current` refuses where one was replaced since.
 """
 
 import sys
@@ -67,19 +68,22 @@ def output_class(official: type, kind: str) -> type:
     return found
 
 
-def view_of_autoencoder(official: nn.Module) -> Autoencoder:
-    """raises: ValueError for sizes or parameters that are not those of our Autoencoder."""
-    config = AutoencoderConfig.from_dict(_config(official))
+def view_of_autoencoder(model: nn.Module, path: str) -> Autoencoder:
+    """path: of the autoencoder in the model.
+
+    raises: ValueError for sizes or parameters that are not those of our Autoencoder.
+    """
+    config = AutoencoderConfig.from_dict(_config(model.get_submodule(path)))
     with torch.device("meta"):
         view = Autoencoder(config)
-    return _share(view, official).eval()
+    return _share(view, model, path).eval()
 
 
-def view_of_head(official: nn.Module, config: Any) -> EnergyHead:
+def view_of_head(model: nn.Module) -> EnergyHead:
     """raises: ValueError for sizes or parameters that are not those of our EnergyHead."""
     with torch.device("meta"):
-        view = EnergyHead(CalmConfig.from_dict(_as_dict(config)))
-    return _share(view, official)
+        view = EnergyHead(CalmConfig.from_dict(_config(model)))
+    return _share(view, model, "generative_head")
 
 
 def view_of_model(official: nn.Module, own_head: bool) -> Calm:
@@ -93,7 +97,25 @@ def view_of_model(official: nn.Module, own_head: bool) -> Calm:
         view = Calm(config, inner) if own_head else _HeadedCalm(config, inner)
     if not own_head:
         view.head = (official.generative_head,)
-    return _share(view, official, () if own_head else ("generative_head.",)).eval()
+    return _share(view, official, "", () if own_head else ("generative_head.",)).eval()
+
+
+def current(view: nn.Module) -> nn.Module:
+    """The view, to be used now; compiled code does not look at what it shows.
+
+    raises: ValueError where an official submodule is another than when the view was made.
+    """
+    if not torch.compiler.is_compiling():
+        replaced = [
+            path
+            for modules, name, module, path in view.seen
+            if modules.get(name) is not module
+            and getattr(modules.get(name), "_orig_mod", None) is not module  # compiled: the same
+        ]
+        got = f"another {', '.join(replaced[:1])}, which was replaced since patch"
+        wanted = "the submodules that patch saw"
+        check(not replaced, "model", wanted, f"{got}; unpatch and patch again")
+    return view
 
 
 class _HeadedCalm(Calm):
@@ -139,22 +161,39 @@ def _kind_by_parts(model: nn.Module) -> str | None:
     return KINDS[2 if "Diff" in type(model.generative_head).__name__ else 3]
 
 
-def _share(view: nn.Module, official: nn.Module, without: tuple[str, ...] = ()) -> nn.Module:
-    """without: beginnings of names that the view does not have."""
+def _share(
+    view: nn.Module, model: nn.Module, path: str, without: tuple[str, ...] = ()
+) -> nn.Module:
+    """path: of what is viewed in the model.  without: beginnings of names that the view lacks."""
+    official = model.get_submodule(path)
     wanted, given = _shapes(view), _shapes(official, without)
     for name in sorted(wanted.keys() | given.keys()):
         shape, other = wanted.get(name), given.get(name)
         expected = "no such parameter" if shape is None else f"shape {shape}"
         check(shape == other, name, expected, "none" if other is None else f"shape {other}")
-    for path, module in view.named_modules():
+    for inner, module in view.named_modules():
         if not module._parameters:
             continue
-        source = official.get_submodule(path)
+        source = official.get_submodule(inner)
         known = [kind.forward for kind in STANDARD if isinstance(module, kind)]
         plain = not known or type(source).forward in (type(module).forward, *known)
-        check(plain, path, f"a plain {type(module).__name__}", type(source).__name__)
+        check(plain, inner, f"a plain {type(module).__name__}", type(source).__name__)
         module._parameters = source._parameters
+    view.seen = _submodules(model, path, without)
     return view
+
+
+def _submodules(
+    model: nn.Module, path: str, without: tuple[str, ...]
+) -> list[tuple[dict[str, nn.Module], str, nn.Module, str]]:
+    """Where each module at and below a path stands, its name there, itself, and its path."""
+    seen = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside = name and f"{name}.".startswith(f"{path}." if path else "")
+        if inside and not name.startswith(without) and not f"{name}.".startswith(ALIASES):
+            parent, _, last = name.rpartition(".")
+            seen.append((model.get_submodule(parent)._modules, last, module, name))
+    return seen
 
 
 def _shapes(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, list[int]]:

@@ -26,6 +26,7 @@ from calm_rt.evaluation import brier_lm
 from calm_rt.generation import Generator
 from calm_rt.losses import MASK_ID
 from calm_rt.nn import Autoencoder, Calm, EnergyHead
+from calm_rt.official_models import current
 from calm_rt.ops.check import check
 from calm_rt.reference import Stream
 from calm_rt.sampling import MAX_DRAWS, parse_temperature, sample_patches
@@ -107,7 +108,7 @@ def autoencoder_forward(
     patch = _active(self)
     if patch is None:
         return type(self).forward(self, input_ids=input_ids, labels=labels, **kwargs)
-    view, training, p = patch.autoencoder, self.training, self.ae_dropout
+    view, training, p = current(patch.autoencoder), self.training, self.ae_dropout
     inputs = input_ids.reshape(-1, self.patch_size)  # [R, K]
     seed, rows = seed_on(inputs.device), rows_on(inputs.device, len(inputs))
     if training:
@@ -155,7 +156,8 @@ def model_forward(
     hidden, patches, weight = _targets_of(patch, outputs[0], labels, size)
 
     if "encoder_target" in patch.switches:
-        mean, log_std = (part[0] for part in patch.autoencoder.encode(patches.reshape(1, -1)))
+        view = current(patch.autoencoder)
+        mean, log_std = (part[0] for part in view.encode(patches.reshape(1, -1)))
     else:
         latents = self.ae_model.encoder(input_ids=patches.reshape(1, -1))
         mean, log_std = latents.squeeze(0).chunk(2, -1)  # [R, L]
@@ -206,7 +208,7 @@ def head_sample(self: nn.Module, hidden_states: Tensor) -> Tensor:
     if patch is None:
         return type(self).sample(self, hidden_states)
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    draws = _sample(patch.head, flat, 1)[0]
+    draws = _sample(current(patch.head), flat, 1)[0]
     return draws.view(*hidden_states.shape[:-1], -1)
 
 
@@ -222,7 +224,7 @@ def temperature_sampling(
         return official(self, hidden_states, temperature=temperature, num_samples=num_samples)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     patches = sample_patches(
-        patch.model,
+        current(patch.model),
         hidden,
         temperature=temperature,
         num_candidates=num_samples,
@@ -250,7 +252,7 @@ def eval_brier(
     draws = draws.reshape(-1, draws.shape[-1])
     if not torch.is_autocast_enabled(draws.device.type):
         draws = draws.to(patch.autoencoder.decoder.lm_head_weight.dtype)
-    predictions = patch.autoencoder.decode(draws).view(-1, *patches.shape)  # [S, R, K]
+    predictions = current(patch.autoencoder).decode(draws).view(-1, *patches.shape)  # [S, R, K]
     brier = brier_from_predictions(predictions[..., :ORDERS], patches[:, :ORDERS]).mean(0).float()
     return _with_brier(patch, loss, brier)
 
@@ -308,7 +310,7 @@ def generate(
     value = read_temperature(patch, temperature, method)
     if seed is None:
         seed = int(choosing_seed(patch, torch.device("cpu"), value))
-    generations = Generator(patch.model).generate(
+    generations = Generator(current(patch.model)).generate(
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -366,7 +368,7 @@ def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 def _draws(model: nn.Module, patch: Patch, hidden: Tensor, count: int) -> Tensor:
     """[S, R, L] draws of the energy head."""
     if "head_sampling" in patch.switches:
-        return _sample(patch.head, hidden, count)
+        return _sample(current(patch.head), hidden, count)
     return model.generative_head.sample(hidden.unsqueeze(0).repeat(count, 1, 1))
 
 
@@ -388,7 +390,7 @@ def _brier_by_continuing(model: nn.Module, patch: Patch, input_ids: Tensor, loss
         input_ids = input_ids[:, : -model.patch_size]
     seed = int(seed_on(torch.device("cpu")))
     options = {"block_size": input_ids.shape[1], "num_bootstrap": 1}
-    score = brier_lm(patch.model, input_ids, num_draws=draws, seed=seed, **options)
+    score = brier_lm(current(patch.model), input_ids, num_draws=draws, seed=seed, **options)
     return _with_brier(patch, loss, torch.tensor(score.brier, device=loss.device))
 
 

@@ -77,7 +77,8 @@ def patch(
     model: of the official Autoencoder, EnergyTransformer, DiffusionTransformer or FlowTransformer
         or of a fork with other names and the same parts, also inside DistributedDataParallel or
         torch.compile. Patch before the optimizer is made and before Trainer,
-        DistributedDataParallel or torch.compile get the model.
+        DistributedDataParallel or torch.compile get the model, and after submodules are replaced,
+        say by adapters: what is replaced later is a ValueError where it would have been used.
     autoencoder_loss, encoder_target, energy_score, head_sampling, temperature_sampling,
         eval_brier, generate: which parts to replace.
     fold_encoder: encode targets by table (see `nn.fold_encoder`: K V H numbers); after moving or
@@ -171,10 +172,10 @@ def _impossible(model: nn.Module, state: Patch, wanted: list[str]) -> dict[str, 
     if kind not in (AUTOENCODER, ENERGY):
         no_energy = f"{kind} has no energy head"
         reasons |= {name: no_energy for name in ("energy_score", "head_sampling")}
-    views = {"autoencoder": lambda: official_models.view_of_autoencoder(_autoencoder(model, kind))}
+    path = "" if kind == AUTOENCODER else "ae_model"
+    views = {"autoencoder": lambda: official_models.view_of_autoencoder(model, path)}
     if kind == ENERGY:
-        head, config = model.generative_head, model.config
-        views["head"] = lambda: official_models.view_of_head(head, config)
+        views["head"] = lambda: official_models.view_of_head(model)
     if kind in ALL_MODELS:
         views["model"] = lambda: official_models.view_of_model(model, own_head=kind == ENERGY)
     failures = {}

@@ -69,3 +69,51 @@ def test_loading_into_a_copy_drops_its_own_tables():
     assert not other.ae_model.encoder._load_state_dict_post_hooks
     model.load_state_dict(other.state_dict())
     assert views[0].encoder.tables is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "embed_proj.0",
+        "transformer.layers.0.self_attn.q_proj",
+        "transformer.embed_tokens",
+        "ae_model",
+        "ae_model.encoder.squeeze_layer",
+        "generative_head.hidden_embd",
+    ],
+)
+def test_submodules_that_are_replaced_later_are_refused(path):
+    model, ids = build(), token_ids()
+    hidden, draws = torch.zeros(2, 32), torch.zeros(2, 2, 8)
+    uses = [
+        ("", lambda: model.generate(ids, max_new_tokens=4)),
+        ("", lambda: model.temperature_sampling(hidden)),
+        ("ae_model", lambda: model(input_ids=ids, labels=ids)),
+        ("ae_model", lambda: model.eval_brier(draws, ids[:, :4], None, draws.mean())),
+        ("generative_head", lambda: model(input_ids=ids, labels=ids)),
+        ("generative_head", lambda: model.generative_head.sample(hidden)),
+    ]
+    calm_rt.patch(model)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, copy.deepcopy(model.get_submodule(path)))
+    message = f"model: expected .* got another {path}, which was replaced since patch; unpatch and"
+    for start, call in uses:
+        if path.startswith(start):
+            with pytest.raises(ValueError, match=message):
+                call()
+    calm_rt.unpatch(model)
+    calm_rt.patch(model)  # what differs now is in the report
+
+
+def test_replacing_what_the_ops_do_not_stand_in_for_is_no_matter():
+    model, ids = build("FlowTransformer"), token_ids()
+    calm_rt.patch(model)
+    model.generative_head.net = nn.Sequential(model.generative_head.net)
+    model.ae_model.encoder = torch.compile(model.ae_model.encoder)  # the same arithmetic
+    assert model.generate(ids, max_new_tokens=4).shape[0] == 2
+    model.transformer.layers[0] = nn.Identity()
+    with pytest.raises(ValueError, match=r"got another transformer\.layers\.0, which"):
+        model.generate(ids, max_new_tokens=4)
+    model.generative_head = nn.Identity()
+    with pytest.raises(ValueError, match="replaced since patch"):
+        model.temperature_sampling(torch.zeros(2, 32))
