@@ -24,6 +24,7 @@ OUTPUT = "CustomCausalLMOutput"  # of all others
 PARTS = {AUTOENCODER: ("encoder", "decoder", "ae_dropout", "kl_clamp", "kl_weight")}
 MODEL_PARTS = ("ae_model", "transformer", "embed_proj", "generative_head")
 MODEL_METHODS = ("eval_brier", "temperature_sampling", "generate")
+MODULES = ("encoder", "decoder", *MODEL_PARTS)  # the parts that are submodules
 LIBRARIES = ("torch.", "transformers.")  # whose classes have a forward that is nobody's
 ALIASES = ("mlp_generator.",)  # a second name of generative_head
 STANDARD = (nn.Linear, nn.LayerNorm, nn.Embedding)  # their forward is what a view computes
@@ -49,7 +50,7 @@ def official_class(model: nn.Module) -> tuple[type, str]:
     check(found is not None, "model", names, type(model).__name__)
     for part in ("config", "patch_size", *PARTS.get(found.__name__, MODEL_PARTS)):
         got = f"a {found.__name__} without {part}"
-        check(hasattr(model, part), "model", names, got)
+        check(_has(model, part), "model", names, got)
     return found, found.__name__
 
 
@@ -150,7 +151,7 @@ class _HeadedCalm(Calm):
 
 def _kind_by_parts(model: nn.Module) -> str | None:
     def has(*parts: str) -> bool:
-        return all(hasattr(model, part) for part in ("config", "patch_size", *parts))
+        return all(_has(model, part) for part in ("config", "patch_size", *parts))
 
     if has(*PARTS[AUTOENCODER]):
         return AUTOENCODER
@@ -159,6 +160,11 @@ def _kind_by_parts(model: nn.Module) -> str | None:
     if has("energy_score"):
         return ENERGY
     return KINDS[2 if "Diff" in type(model.generative_head).__name__ else 3]
+
+
+def _has(model: nn.Module, part: str) -> bool:
+    """Submodules are the model's own: a wrapper may pass on whatever it is asked for."""
+    return part in model._modules if part in MODULES else hasattr(model, part)
 
 
 def _share(

@@ -75,8 +75,8 @@ def patch(
     """Lets an instance of the official code run on the ops.
 
     model: of the official Autoencoder, EnergyTransformer, DiffusionTransformer or FlowTransformer
-        or of a fork with other names and the same parts, also inside DistributedDataParallel or
-        torch.compile. Patch before the optimizer is made and before Trainer,
+        or of a fork with other names and the same parts, also inside DistributedDataParallel,
+        torch.compile or PEFT's adapters. Patch before the optimizer is made and before Trainer,
         DistributedDataParallel or torch.compile get the model, and after submodules are replaced,
         say by adapters: what is replaced later is a ValueError where it would have been used.
     autoencoder_loss, encoder_target, energy_score, head_sampling, temperature_sampling,
@@ -147,10 +147,12 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile."""
+    """The model inside DistributedDataParallel, torch.compile and an adapter of PEFT."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
+        elif hasattr(type(model), "get_base_model"):
+            model = model.get_base_model()
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         else:

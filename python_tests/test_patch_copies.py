@@ -117,3 +117,35 @@ def test_replacing_what_the_ops_do_not_stand_in_for_is_no_matter():
     model.generative_head = nn.Identity()
     with pytest.raises(ValueError, match="replaced since patch"):
         model.temperature_sampling(torch.zeros(2, 32))
+
+
+class Wrapper(nn.Module):
+    """Passes on what it is asked for, as adapters do."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.base_model = inner
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_model"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs)
+
+
+class Adapter(Wrapper):
+    def get_base_model(self) -> nn.Module:
+        return self.base_model
+
+
+@pytest.mark.parametrize("kind", ["Autoencoder", "EnergyTransformer"])
+def test_a_wrapper_is_not_taken_for_the_model(kind):
+    model = build(kind)
+    with pytest.raises(ValueError, match=r"model: expected an instance of .*, got Wrapper"):
+        calm_rt.patch(Wrapper(model))
+    with calm_rt.patch(Adapter(model)) as report:
+        assert report.name == kind and "forward" in vars(model)
+    assert "forward" not in vars(model)
