@@ -30,6 +30,8 @@ SWITCHES = {
     "eval_brier": "all pairs of draws, decoded without logits",
     "generate": "calm_rt.Generator, which refuses lengths beyond max_position_embeddings",
 }
+# a replica shares the attributes of its model, so methods there would run the model itself
+NO_REPLICAS = ("one outside of nn.DataParallel (use DistributedDataParallel)", "nn.DataParallel")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def patch(
         statement it unpatches at the end.
     raises: ValueError for another model, a model that is patched already, or an unknown bug.
     """
-    model = _unwrap(model)
+    model = _unwrap(model, refused=nn.DataParallel)
     official, kind = official_models.official_class(model)
     check(_patch_of(model) is None, "model", "one that is not patched", "a patched one")
     one = isinstance(keep_bugs, str)
@@ -146,9 +148,10 @@ def unpatch(model: nn.Module) -> None:
         undo()
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module, refused: type | tuple = ()) -> nn.Module:
     """The model inside DistributedDataParallel, torch.compile and an adapter of PEFT."""
     while True:
+        check(not isinstance(model, refused), "model", *NO_REPLICAS)
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif hasattr(type(model), "get_base_model"):
@@ -243,6 +246,12 @@ def _install(model: nn.Module, state: Patch, kept: dict[str, str]) -> None:
                 _set(state, module, ATTRIBUTE, state)
     if ATTRIBUTE not in model.__dict__:
         _set(state, model, ATTRIBUTE, state)
+    _set(state, model, "_replicate_for_data_parallel", MethodType(_refuse_replicas, model))
+
+
+def _refuse_replicas(self: nn.Module) -> None:
+    """In place of a method that `nn.DataParallel` calls on its devices' behalf."""
+    check(False, "model", *NO_REPLICAS)
 
 
 def _foreign(module: nn.Module, name: str, official: type) -> str | None:

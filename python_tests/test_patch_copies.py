@@ -149,3 +149,16 @@ def test_a_wrapper_is_not_taken_for_the_model(kind):
     with calm_rt.patch(Adapter(model)) as report:
         assert report.name == kind and "forward" in vars(model)
     assert "forward" not in vars(model)
+
+
+def test_data_parallel_is_refused_before_and_after():
+    model = build()
+    message = "model: expected one outside .*use DistributedDataParallel.*, got nn.DataParallel"
+    with pytest.raises(ValueError, match=message):
+        calm_rt.patch(nn.DataParallel(model))
+    calm_rt.patch(model)
+    parallel = nn.DataParallel(model)
+    with pytest.raises(ValueError, match=message):
+        parallel.module._replicate_for_data_parallel()
+    calm_rt.unpatch(parallel)
+    assert model._replicate_for_data_parallel() is not model
