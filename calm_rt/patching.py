@@ -113,6 +113,19 @@ def patch(
     kept = {name: "switched off" for name, on in wanted.items() if not on}
     kept |= _impossible(model, state, [name for name, on in wanted.items() if on])
     state.switches = {name for name in SWITCHES if name not in kept}
+    try:
+        _replace(model, state, report, kept, fold_encoder)
+    except BaseException:  # out of memory or interrupted while it folds: nobody has a report
+        _undo(state)
+        raise
+    return report
+
+
+def _replace(
+    model: nn.Module, state: Patch, report: PatchReport, kept: dict[str, str], fold_encoder: bool
+) -> None:
+    """Changes the model, and fills the report."""
+    kind = state.kind
     _cure(model, state, report)
     _install(model, state, kept)
     report.kept.update((name, kept[name]) for name in SWITCHES if name in kept)
@@ -127,7 +140,6 @@ def patch(
     cured, not_cured = official_bugs.name_cures(model, kind, state.keep_bugs, state.switches)
     report.cured.update(cured)
     report.not_cured.update(not_cured)
-    return report
 
 
 def unpatch(model: nn.Module) -> None:
@@ -141,6 +153,10 @@ def unpatch(model: nn.Module) -> None:
     model = _unwrap(model)
     state = _patch_of(model)
     check(state is not None, "model", "a patched one", type(model).__name__)
+    _undo(state)
+
+
+def _undo(state: Patch) -> None:
     for module, name, value in reversed(state.installed):
         if module.__dict__.get(name) is value:
             delattr(module, name)

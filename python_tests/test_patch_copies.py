@@ -8,6 +8,7 @@ from official_standin import build, token_ids
 from torch import nn
 
 import calm_rt
+from calm_rt import patching
 
 
 def untie(model: nn.Module) -> nn.Module:
@@ -162,3 +163,16 @@ def test_data_parallel_is_refused_before_and_after():
         parallel.module._replicate_for_data_parallel()
     calm_rt.unpatch(parallel)
     assert model._replicate_for_data_parallel() is not model
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_an_error_on_the_way_leaves_nothing_behind(error, monkeypatch):
+    def failing(view):
+        raise error
+
+    monkeypatch.setattr(patching, "fold", failing)
+    model = build("FlowTransformer")  # which gets num_samples first
+    before = [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(error):
+        calm_rt.patch(model, fold_encoder=True)
+    assert [vars(module) for module in model.modules()] == before
