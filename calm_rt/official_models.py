@@ -7,7 +7,10 @@ one: an adapter or a quantised layer, whose arithmetic is another, does not. Sub
 follow: `current` refuses where one was replaced since.
 """
 
+import copy
+import pickle
 import sys
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,36 @@ MODULES = ("encoder", "decoder", *MODEL_PARTS)  # the parts that are submodules
 LIBRARIES = ("torch.", "transformers.")  # whose classes have a forward that is nobody's
 ALIASES = ("mlp_generator.",)  # a second name of generative_head
 STANDARD = (nn.Linear, nn.LayerNorm, nn.Embedding)  # their forward is what a view computes
+
+
+@dataclass
+class Patch:
+    """What is replaced in a model, and what stands in for it."""
+
+    official: type  # the class whose methods are replaced
+    kind: str  # its official name
+    output: type | None = None  # of what forward returns
+    autoencoder: Autoencoder | None = None  # views
+    head: EnergyHead | None = None
+    model: Calm | None = None
+    keep_bugs: frozenset[str] = frozenset()
+    switches: set[str] = field(default_factory=set)  # what is replaced
+    installed: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    undo: list[Any] = field(default_factory=list)  # bound methods, as copies take theirs along
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        # methods of an instance are found by names that its class does not have
+        advice = "unpatch the model first, or save its state_dict()"
+        raise pickle.PicklingError(f"a patched model cannot be pickled: {advice}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Patch":
+        memo[id(self)] = other = object.__new__(type(self))
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
+
+    def drop_tables(self, *_: Any) -> None:
+        """A hook of the official encoder: they belong to the parameters from before loading."""
+        self.autoencoder.encoder.tables = None
 
 
 def official_class(model: nn.Module) -> tuple[type, str]:

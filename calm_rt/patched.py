@@ -8,12 +8,9 @@ logical rows, so torch.manual_seed repeats them and ranks with equal seeds still
 Diffusion and flow heads draw by themselves, from torch's own generators.
 """
 
-import copy
 import math
-import pickle
 import random
 import warnings
-from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -25,8 +22,8 @@ from calm_rt.brier import ORDERS, brier_from_predictions
 from calm_rt.evaluation import brier_lm
 from calm_rt.generation import Generator
 from calm_rt.losses import MASK_ID
-from calm_rt.nn import Autoencoder, Calm, EnergyHead
-from calm_rt.official_models import current
+from calm_rt.nn import EnergyHead
+from calm_rt.official_models import Patch, current
 from calm_rt.ops.check import check
 from calm_rt.reference import Stream
 from calm_rt.sampling import MAX_DRAWS, parse_temperature, sample_patches
@@ -35,36 +32,6 @@ IGNORED = -100  # a label that is no target
 NUM_TARGETS = 100  # M, a constant of the official energy_score
 ATTRIBUTE = "_calm_rt_patch"  # of a patched module: its Patch
 RANK_BITS = 40  # rows of one call that a rank has to itself
-
-
-@dataclass
-class Patch:
-    """What is replaced in a model, and what stands in for it."""
-
-    official: type  # the class whose methods are replaced
-    kind: str  # its official name
-    output: type | None = None  # of what forward returns
-    autoencoder: Autoencoder | None = None  # views, see official_models
-    head: EnergyHead | None = None
-    model: Calm | None = None
-    keep_bugs: frozenset[str] = frozenset()
-    switches: set[str] = field(default_factory=set)  # what is replaced
-    installed: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
-    undo: list[Any] = field(default_factory=list)  # bound methods, as copies take theirs along
-
-    def __reduce_ex__(self, protocol: int) -> Any:
-        # methods of an instance are found by names that its class does not have
-        advice = "unpatch the model first, or save its state_dict()"
-        raise pickle.PicklingError(f"a patched model cannot be pickled: {advice}")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Patch":
-        memo[id(self)] = other = object.__new__(type(self))
-        vars(other).update(copy.deepcopy(vars(self), memo))
-        return other
-
-    def drop_tables(self, *_: Any) -> None:
-        """A hook of the official encoder: they belong to the parameters from before loading."""
-        self.autoencoder.encoder.tables = None
 
 
 def seed_on(device: torch.device) -> Tensor:
@@ -295,9 +262,12 @@ def generate(
     both = num_samples is not None and num_candidates is not None
     check(not both, "num_candidates", "None beside num_samples, its other name", num_candidates)
     pool = next((n for n in (num_samples, num_candidates) if n is not None), 200)
+    check(input_ids.ndim == 2, "input_ids", "shape [B, T]", list(input_ids.shape))
     self.eval()
     pad, size, length = self.padding_idx, self.patch_size, input_ids.shape[1]
     if max_new_tokens is None:
+        wanted = "a number of tokens, or max_new_tokens instead"
+        check(max_length is not None, "max_length", wanted, max_length)
         max_new_tokens = max(0, max_length - length)
         if "overshot_length" in patch.keep_bugs:
             missing = max_length - length - -length % size  # behind the prompt's whole patches
@@ -320,6 +290,8 @@ def generate(
         on_budget=on_budget,
         seed=seed,
     )
+    if not given:
+        return input_ids.clone()
     rows = [prompt + g.ids for prompt, g in zip(given, generations, strict=True)]
     if padded:
         rows = [[token for token in row if token != pad] for row in rows]

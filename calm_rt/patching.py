@@ -16,9 +16,9 @@ from calm_rt import official_bugs, official_models, patched
 from calm_rt.nn import fold_encoder as fold
 from calm_rt.nn import folded_bytes
 from calm_rt.official_bugs import ALL_MODELS, BUGS
-from calm_rt.official_models import AUTOENCODER, ENERGY
+from calm_rt.official_models import AUTOENCODER, ENERGY, Patch
 from calm_rt.ops.check import check
-from calm_rt.patched import ATTRIBUTE, Patch
+from calm_rt.patched import ATTRIBUTE
 
 # switch: what stands in for the official code
 SWITCHES = {

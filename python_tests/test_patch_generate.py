@@ -79,6 +79,17 @@ def test_lengths_beyond_what_was_trained_are_refused(model):
         model.generate(prompt(), max_length=4 * 64 + 4)
 
 
+def test_shapes_and_lengths_that_do_not_fit(model):
+    with pytest.raises(ValueError, match="max_length: expected a number of tokens, or max_new_tok"):
+        model.generate(prompt(), max_length=None)
+    assert model.generate(prompt(), max_length=None, max_new_tokens=4).shape[0] == 1
+    with pytest.raises(ValueError, match=r"input_ids: expected shape \[B, T\], got \[8\]"):
+        model.generate(prompt()[0], max_new_tokens=4)
+    assert model.generate(prompt()[:0], max_new_tokens=4).shape == (0, 8)
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(prompt()[:0], temperature=None)
+
+
 def test_a_patched_model_is_not_pickled(model):
     with pytest.raises(pickle.PicklingError, match=r"unpatch .* first, or save its state_dict\(\)"):
         torch.save(model, io.BytesIO())
