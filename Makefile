@@ -11,8 +11,10 @@ export PATH := $(BIN):$(PATH)
 quickstart: install  ## train an autoencoder and a CALM on real text, then write with it
 	calm-rt quickstart --overwrite
 
+# Two processes of one thread: where two threads share a core, those of many small calls wait for each other (17 minutes
+# for 6). Tests of threads set their number.
 test: install simulator  ## the laws, the models, the pipeline
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 fuzz: install  ## 2,000 drawn calls of every op instead of 100
 	python -m pytest python_tests/test_fuzz.py --hypothesis-profile=fuzz
