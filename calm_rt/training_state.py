@@ -38,6 +38,8 @@ class World:
             importlib.import_module("torch._dynamo")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
+        elif self.size > 1:
+            dist.barrier()  # as at a start: nobody writes while another still looks at the folder
 
     def average(self, tensors: list[Tensor]) -> None:
         """Replaces tensors of one dtype by their averages over the processes, in one collective."""
