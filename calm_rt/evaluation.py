@@ -53,7 +53,7 @@ CACHE_BYTES = 1 << 28  # of key-value cache copied at once when draws are contin
 
 
 @contextmanager
-def evaluation_mode(model: object) -> Iterator[None]:
+def _evaluation_mode(model: object) -> Iterator[None]:
     """Without dropout and the like, where it is a module; what was in training is then again."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     trained = [module for module in modules if module.training]
@@ -130,7 +130,7 @@ def brier_lm(
     if not draws:  # little padding in a batch
         windows.sort(key=lambda window: len(window.ids), reverse=True)
     start = time.perf_counter()
-    with evaluation_mode(model):
+    with _evaluation_mode(model):
         if draws:
             terms = sampler_terms(model, windows, own_size, num_draws, batch_size)
         elif is_calm:

@@ -15,7 +15,7 @@ const char* isa_name(Isa isa);
 bool has_fast_bfloat16();
 bool has_fast_half();
 
-// Which products of floats kernels/product.h takes, not the library. Those of few rows on any x86: on a Xeon a
+// Which products of floats kernels/product.h takes, not the library. Those of few rows with AVX2: on a Xeon a
 // gated_mlp of one to four rows takes MKL 0.9 to 1.6 times as long, on a Zen 4 1.5 to 2.7. All of them on AMD's
 // processors, where MKL chooses other instructions: on a Zen 4 it reaches 84 % of their rate, and its rounding depends
 // on where a matrix lies in memory. CALM_RT_CPU_PRODUCTS=own|few|library overrules.

@@ -15,8 +15,8 @@
 
 namespace calm_rt {
 
-constexpr int64_t kFewProductRows =
-    4;  // up to which reading b is what takes the time, and packing it would double that
+// Up to so many rows reading b is what takes the time, and packing it would double that.
+constexpr int64_t kFewProductRows = 4;
 
 struct MatrixProduct {
   const float* a;  // [rows, depth]
