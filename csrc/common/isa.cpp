@@ -4,7 +4,25 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace calm_rt {
+
+#ifdef __x86_64__
+// Whether tiles can be used: a process asks Linux for the memory that holds them while it waits.
+static bool has_tiles() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 static Isa detect() {
   Isa best = Isa::kPortable;
@@ -14,13 +32,14 @@ static Isa detect() {
     best = Isa::kAvx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
-      best = Isa::kAvx512;
+      best = has_tiles() ? Isa::kAmx : Isa::kAvx512;
     }
   }
 #endif
   if (const char* wanted = std::getenv("CALM_RT_CPU_ISA")) {
     if (std::strcmp(wanted, "portable") == 0) best = Isa::kPortable;
     if (std::strcmp(wanted, "avx2") == 0 && best > Isa::kAvx2) best = Isa::kAvx2;
+    if (std::strcmp(wanted, "avx512") == 0 && best > Isa::kAvx512) best = Isa::kAvx512;
   }
   return best;
 }
@@ -76,6 +95,8 @@ const char* products_name(Products products) {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAmx:
+      return "amx";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:

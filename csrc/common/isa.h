@@ -3,10 +3,11 @@
 
 namespace calm_rt {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+// kAmx: the kernels of kAvx512, whose products of 8 bits are AMX's (kernels/cpu/amx.h).
+enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
 
-// The best that this processor has, or what CALM_RT_CPU_ISA=portable|avx2|avx512 asks for if it is no better than that.
-// Any other request changes nothing here; calm_rt/_native.py warns of it.
+// The best that this processor has, or what CALM_RT_CPU_ISA=portable|avx2|avx512|amx asks for if it is no better than
+// that. Any other request changes nothing here; calm_rt/_native.py warns of it.
 Isa isa();
 const char* isa_name(Isa isa);
 

@@ -9,7 +9,7 @@ namespace calm_rt {
 struct ArgmaxScreen {
   bool rounded;         // or taken as they are: unit 1, no q
   int64_t padded_size;  // numbers of a row, a multiple of 64
-  void* rows;           // [R + 8, padded_size], q as whole numbers, or h in the accumulation type
+  void* rows;           // [R + 16, padded_size], q as whole numbers, or h in the accumulation type
   float* error;         // [R], at least |e|; NaN for a row of which every score is computed exactly
   float* norm;          // [R], at least |q|
   double* unit;         // [R]

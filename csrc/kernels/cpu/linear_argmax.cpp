@@ -1,11 +1,11 @@
 // Screened argmax on the CPU: threads share out the vocabulary, each keeps a winner for every row.
 //
 // A panel of kPanel entries, rounded here or long before, is multiplied by all rows, tile by tile; a tile's products
-// never leave the registers. They are turned into upper bounds there, and the rare entry whose bound exceeds what its
-// row has reached is computed exactly.
+// stay in the registers, or in the first cache. They are turned into upper bounds there, and the rare entry whose bound
+// exceeds what its row has reached is computed exactly.
 #include "kernels/linear_argmax.h"
 
-#include "kernels/cpu/argmax_panel.h"
+#include "kernels/cpu/argmax_rounded.h"
 #include "kernels/cpu/argmax_search.h"
 #include "kernels/cpu/select.h"
 
@@ -32,121 +32,7 @@ namespace {
 constexpr float kLargestNorm = 1e18f;  // up to which no product of rows as they are overflows
 constexpr int kDirectEntries = 4;
 
-// A float that is at least x >= 0.
-CALM_INLINE float above(double x) { return static_cast<float>(x) * (1 + kSlack); }
-
-// A row whose numbers are neither tiny nor huge, as most are; false for another.
-template <class T>
-CALM_INLINE bool round_row(const T* in, int64_t size, const ArgmaxScreen& screen, int64_t r) {
-  Float magnitudes{};  // never NaN, which the sums will show
-  each_run<Float>(0, size, [&](int64_t k, int64_t count) {
-    magnitudes = larger(absolute(load_some<Float>(in + k, count)), magnitudes);
-  });
-  const float most = largest(magnitudes);
-  if (!(most >= kSmallest && most <= kLargest)) return false;
-  const float inverse = kMost / most;
-  Quantum* quanta = static_cast<Quantum*>(screen.rows) + r * screen.padded_size;
-  Float squares{}, errors{};
-  each_run<Float>(0, size, [&](int64_t k, int64_t count) {
-    const Float u = load_some<Float>(in + k, count) * inverse, q = round_to_even(u), e = u - q;
-    squares += q * q;
-    errors += e * e;
-    typedef Quantum Quanta __attribute__((vector_size(kLanes * sizeof(Quantum))));
-    const Quanta narrow = __builtin_convertvector(__builtin_convertvector(q, Int) + kQuantumBias, Quanta);
-    std::memcpy(quanta + k, &narrow, sizeof narrow);
-  });
-  const double length = static_cast<double>(sum(squares));
-  if (length != length) return false;
-  for (int64_t k = (size + kLanes - 1) / kLanes * kLanes; k < screen.padded_size; ++k) {
-    quanta[k] = static_cast<Quantum>(kQuantumBias);
-  }
-  // the sums' own rounding, and that of u
-  const double sum_slack = 1 + static_cast<double>(size) * kAdditions;
-  const double norm = __builtin_sqrt(length) * sum_slack, root = __builtin_sqrt(static_cast<double>(size));
-  const double error = __builtin_sqrt(static_cast<double>(sum(errors))) * sum_slack;
-  screen.unit[r] = static_cast<double>(most / kMost);
-  screen.norm[r] = above(norm);
-  screen.error[r] = above(error + static_cast<double>(kSlack) * (norm + root));
-  return true;
-}
-
-// kTileRows rows from r on against the panel.
-template <class T>
-CALM_INLINE void scan_tile(const Search<T>& search, const Panel& panel, int64_t r, int64_t first) {
-  const ArgmaxScreen& screen = search.screen;
-  const Quantum* rows = static_cast<const Quantum*>(screen.rows) + r * screen.padded_size;
-  Int total[kTileRows][kTileVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 3
-    for (int j = 0; j < kTileVectors; ++j) total[i][j] = load_whole(panel.start + j * kLanes);
-  }
-  const Quantum* column = panel.quanta;
-  for (int64_t k = 0; k < screen.padded_size; k += kQuanta, column += kPanel * kQuanta) {
-    Int right[kTileVectors];
-#pragma GCC unroll 3
-    for (int j = 0; j < kTileVectors; ++j) right[j] = load_whole(column + j * kLanes * kQuanta);
-#pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i) {
-      int32_t word;
-      std::memcpy(&word, rows + i * screen.padded_size + k, sizeof word);
-      const Int left = splat<Int>(word);
-#pragma GCC unroll 3
-      for (int j = 0; j < kTileVectors; ++j) total[i][j] = multiply_add(left, right[j], total[i][j]);
-    }
-  }
-  const int64_t left_rows = search.p.num_rows - r;
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i) {
-    if (i >= left_rows) break;
-    const float reached = search.winners.reached[r + i], error = screen.error[r + i], norm = screen.norm[r + i];
-    Float score[kTileVectors], slack[kTileVectors];
-    Int possible{};
-#pragma GCC unroll 3
-    for (int j = 0; j < kTileVectors; ++j) {
-      score[j] = __builtin_convertvector(total[i][j], Float) * load(panel.scale + j * kLanes);
-      slack[j] = error * load(panel.norm + j * kLanes) + norm * load(panel.error + j * kLanes);
-      possible |= (Int)(score[j] + slack[j] > reached);
-    }
-    if (!any(possible)) continue;
-    float upper[kPanel], lower[kPanel];
-    for (int j = 0; j < kTileVectors; ++j) {
-      store(upper + j * kLanes, score[j] + slack[j]);
-      store(lower + j * kLanes, score[j] - slack[j]);
-    }
-    search.consider(r + i, first, upper, lower, kPanel);
-  }
-}
-
-template <class T>
-void scan_rounded(const Search<T>& search, void* scratch, int64_t begin, int64_t end) {
-  const LinearArgmax<T>& p = search.p;
-  const ArgmaxScreen& screen = search.screen;
-  const int64_t panel_bytes = Panel::bytes(screen.padded_size);
-  for (int64_t first = begin; first < end; first += kPanel) {
-    const int64_t count = end - first < kPanel ? end - first : kPanel;
-    void* data = scratch;
-    if (p.panels) {
-      data = static_cast<char*>(const_cast<void*>(p.panels)) + first / kPanel * panel_bytes;
-    } else {
-      Quantum* row = reinterpret_cast<Quantum*>(static_cast<char*>(scratch) + panel_bytes);
-      round_panel(p.weight, p.size, screen.padded_size, first, count, row, Panel(scratch));
-    }
-    const Panel panel(data);
-    for (int64_t r = 0; r < p.num_rows; r += kTileRows) scan_tile(search, panel, r, first);
-    bool any_odd = false;
-    for (int place = 0; place < count; ++place) any_odd |= panel.norm[place] != panel.norm[place];
-    for (int64_t r = 0; r < p.num_rows; ++r) {
-      const bool exact = screen.error[r] != screen.error[r];
-      for (int place = 0; (exact || any_odd) && place < count; ++place) {
-        if (exact || panel.norm[place] != panel.norm[place]) search.take(r, first + place);
-      }
-    }
-  }
-}
-
-// ---- a few rows as they are ----
-
+// A few rows as they are.
 template <class T>
 void scan_direct(const Search<T>& search, void* scratch, int64_t begin, int64_t end) {
   using Wide = AccumulateType<T>;
@@ -303,7 +189,7 @@ CALM_INSTANTIATE(half)
 namespace {
 
 constexpr int64_t kFewRows = 8;  // up to which rows are multiplied as they are, where no panels are at hand
-constexpr int64_t kWidestTile = 8;
+constexpr int64_t kWidestTile = 16;
 constexpr int64_t kRowScratch = 32;  // bytes for each number of a row: four entries in double, or a rounded one
 
 // Memory for vectors, without a constructor.

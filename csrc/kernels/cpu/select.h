@@ -8,7 +8,7 @@
 // The function of this name that the processor can run; only in the portable copy of a source.
 #ifdef __x86_64__
 #define CALM_SELECT(...)                                                            \
-  (::calm_rt::isa() == ::calm_rt::Isa::kAvx512                                      \
+  (::calm_rt::isa() >= ::calm_rt::Isa::kAvx512                                      \
        ? &::calm_rt::avx512::__VA_ARGS__                                            \
        : (::calm_rt::isa() == ::calm_rt::Isa::kAvx2 ? &::calm_rt::avx2::__VA_ARGS__ \
                                                     : &::calm_rt::portable::__VA_ARGS__))

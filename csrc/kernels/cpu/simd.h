@@ -274,18 +274,21 @@ CALM_INLINE double exponential(double x) { return __builtin_exp(x); }
 CALM_INLINE Float absolute(Float x) { return reinterpret_cast<Float>(reinterpret_cast<Int>(x) & 0x7fffffff); }
 CALM_INLINE double absolute(double x) { return __builtin_fabs(x); }
 
-// Whether any lane of a comparison holds.
-CALM_INLINE bool any(Int mask) {
+// A bit for each lane of a comparison that holds, that of lane 0 lowest.
+CALM_INLINE uint32_t lane_bits(Int mask) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#elif defined(__x86_64__)
+  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
 #else
-  typedef uint64_t Half __attribute__((vector_size(4 * kLanes)));
-  const Half bits = reinterpret_cast<Half>(mask);
-  uint64_t found = 0;
-  for (int i = 0; i < kLanes / 2; ++i) found |= bits[i];
-  return found != 0;
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] ? 1u : 0u) << i;
+  return bits;
 #endif
 }
+CALM_INLINE bool any(Int mask) { return lane_bits(mask) != 0; }
 
 // ---- products of small whole numbers ----
 
