@@ -19,7 +19,7 @@ import argparse
 import io
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,25 +187,28 @@ def measure_steps(folder: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
     """The rows of NEW_TOKENS tokens of a trained model, alone and in a batch."""
     model = calm_rt.load(folder)
     generator = Generator(model)
-    options = {"max_new_tokens": NEW_TOKENS, "temperature": "1/2", "num_candidates": CANDIDATES}
+    options = {"max_new_tokens": NEW_TOKENS, "num_candidates": CANDIDATES}
 
-    def write(*names: int) -> None:
-        generator.generate([[]] * len(names), sequence_ids=names, **options)
+    def write(names: list[int], temperature: str) -> None:
+        settings = {"sequence_ids": names, "temperature": temperature, **options}
+        generator.generate([[]] * len(names), **settings)
 
-    def write_one_by_one() -> None:
-        for name in range(BATCH_SIZE):
-            write(name)
+    names = list(range(BATCH_SIZE))
+
+    def batch(temperature: str) -> dict[str, Callable[[], Any]]:
+        return {
+            "one by one": lambda: [write([name], temperature) for name in names],
+            "native": lambda: write(names, temperature),
+        }
 
     num_patches = -(-NEW_TOKENS // model.config.patch_size)
     duels = {
         f"{NEW_TOKENS} tokens": {
             "official": lambda: write_officially(model, num_patches),
-            "native": lambda: write(0),
+            "native": lambda: write([0], "1/2"),
         },
-        f"{BATCH_SIZE} sequences of {NEW_TOKENS} tokens": {
-            "one by one": write_one_by_one,
-            "native": lambda: write(*range(BATCH_SIZE)),
-        },
+        f"{BATCH_SIZE} sequences of {NEW_TOKENS} tokens": batch("1/2"),
+        f"{BATCH_SIZE} sequences of {NEW_TOKENS} tokens at temperature 1": batch("1"),
     }
     for title, calls in duels.items():
         times = compete(calls, "cpu", rounds)

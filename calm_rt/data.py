@@ -81,10 +81,12 @@ def write_shards(
     held_out: the share of the documents that is kept for evaluation, in [0, 1). A hash of its text
         decides about each document, so equal texts stay together and a grown corpus keeps its
         split; at least one document is held out.
-    raises: ValueError for no documents, too few to hold one out, tokens outside the vocabulary, a
-        folder that cannot be written. OSError, such as a full disk, as it comes; nothing unfinished
-        stays behind.
+    raises: ValueError for no documents, one text in their place, too few to hold one out, tokens
+        outside the vocabulary, a folder that cannot be written. OSError, such as a full disk, as it
+        comes; nothing unfinished stays behind.
     """
+    one = isinstance(documents, str | bytes)  # whose letters would be documents
+    check(not one, "documents", "an iterable of texts", f"one {type(documents).__name__}")
     check(patch_size >= 1, "patch_size", "at least 1", patch_size)
     check(0 <= held_out < 1, "held_out", "a share in [0, 1)", held_out)
     folder = Path(folder)

@@ -300,6 +300,8 @@ def test_bad_documents_and_settings(tmp_path, monkeypatch):
     tokenizer = Characters()
     with pytest.raises(ValueError, match="documents: expected at least one"):
         write_shards([], tokenizer, tmp_path / "s", PATCH)
+    with pytest.raises(ValueError, match="documents: expected an iterable of texts, got one str"):
+        write_shards("text", tokenizer, tmp_path / "s", PATCH)
     with pytest.raises(ValueError, match="held_out: the corpus is one document"):
         write_shards(["same", "same"], tokenizer, tmp_path / "s", PATCH)
     with pytest.raises(ValueError, match="held_out: expected a share"):
@@ -392,9 +394,7 @@ def test_damaged_shards(shards, name, change, message):
 
 
 def test_ids_out_of_range_in_the_file(shards):
-    tokens = np.fromfile(shards.folder / "tokens.bin", np.uint16)
-    tokens[:] = 200
-    tokens.tofile(shards.folder / "tokens.bin")
-    message = r"tokens.bin holds id 200, expected ids below vocab_size 200"
-    with pytest.raises(ValueError, match=message):
+    path = shards.folder / "tokens.bin"
+    np.full_like(np.fromfile(path, np.uint16), 200).tofile(path)
+    with pytest.raises(ValueError, match="holds id 200, expected ids below vocab_size 200"):
         TokenShards(shards.folder).train_batch(0, 1, BLOCK)
