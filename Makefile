@@ -36,7 +36,7 @@ gpu:  ## on a machine with an NVIDIA GPU: build, laws, sanitizers, benchmark; PA
 	$(PYTHON) benchmarks/gpu.py $(PARTS) $(if $(OUTPUT),--output $(OUTPUT))
 
 sanitize: install simulator sanitized  ## all kernels under sanitizers, planted bugs
-	python -m pytest -n 2 -m sanitize
+	python -m pytest -n 2 --dist worksteal -m sanitize
 
 docs: install  ## docs/ops.md from the docstrings
 	python docs/generate.py
