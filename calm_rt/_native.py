@@ -90,7 +90,7 @@ def build_info() -> dict[str, str]:
 def _check_environment() -> None:
     """Warn where a variable asks for what this processor or this build does not have."""
     expected = {
-        "CALM_RT_CPU_ISA": ("isa", "portable, avx2, avx512 or amx, which this processor has"),
+        "CALM_RT_CPU_ISA": ("isa", "portable, avx2, avx512 or amx, one that this processor has"),
         "CALM_RT_CPU_PRODUCTS": ("products", "own, few or library"),
         "CALM_RT_CUDA_ARGMAX": ("cuda_argmax", "own or library"),
     }

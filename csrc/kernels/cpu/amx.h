@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kAmxRows = 16;       // of a tile, which has as many columns of 32 bits
 constexpr int64_t kAmxDepth = 64;  // 8-bit numbers of a tile's row
+constexpr int kAmxColumns = 48;    // of a product, three tiles
 
 // Eight registers of sixteen rows of 64 bytes. A constant in memory, because GCC believes that the instruction reads
 // eight bytes of it and leaves out stores to the others.
@@ -28,14 +29,14 @@ CALM_AMX CALM_INLINE void release_tiles() { _tile_release(); }
 // left: [16, depth] of 0 to 255; right: [depth / 4, 48, 4] of -128 to 127; start: [48]; total: [16, 48].
 CALM_AMX CALM_INLINE void multiply_tiles(const void* left, const void* right, const int32_t* start, int64_t depth,
                                          int32_t* total) {
-  constexpr int64_t kColumns = 48, kStride = 4 * kColumns;
+  constexpr int64_t kStride = 4 * kAmxColumns;
   __asm__ volatile("" ::: "memory");  // what the tiles read is in memory: GCC does not know that they read it
   _tile_loadd(0, start, 0);           // the same sixteen numbers for each row
   _tile_loadd(1, start + 16, 0);
   _tile_loadd(2, start + 32, 0);
   const char* row = static_cast<const char*>(left);
   const char* column = static_cast<const char*>(right);
-  for (int64_t k = 0; k < depth; k += kAmxDepth, row += kAmxDepth, column += kAmxDepth * kColumns) {
+  for (int64_t k = 0; k < depth; k += kAmxDepth, row += kAmxDepth, column += kAmxDepth * kAmxColumns) {
     _tile_loadd(3, row, depth);
     _tile_loadd(4, column, kStride);
     _tile_dpbusd(0, 3, 4);

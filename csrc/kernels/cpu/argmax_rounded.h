@@ -59,21 +59,7 @@ CALM_INLINE void weigh_row(const Search<T>& search, const Panel& panel, int64_t 
     slack[j] = error * load(panel.norm + j * kLanes) + norm * load(panel.error + j * kLanes);
     possible |= (Int)(score[j] + slack[j] > reached);
   }
-  if (!any(possible)) return;
-  const Float none = splat<Float>(-__builtin_inff());
-  Float lower = none;
-  for (int j = 0; j < kTileVectors; ++j) {
-    const Float one = score[j] - slack[j];
-    lower = larger(select((Int)(one <= kLargest), one, none), lower);
-  }
-  search.raise(r, next_below(largest(lower)));  // so that itself will be taken, or a better one
-  for (int j = 0; j < kTileVectors; ++j) {
-    const Float upper = score[j] + slack[j];
-    for (uint32_t bits = lane_bits((Int)(upper > search.winners.reached[r])); bits != 0; bits &= bits - 1) {
-      const int lane = __builtin_ctz(bits);
-      if (upper[lane] > search.winners.reached[r]) search.take(r, first + j * kLanes + lane);
-    }
-  }
+  if (any(possible)) search.consider(r, first, score, slack);
 }
 
 // kTileRows rows from r on against the panel.
@@ -115,6 +101,7 @@ template <class T>
 CALM_AMX void scan_rows_amx(const Search<T>& search, const Panel& panel, int64_t first) {
   const int64_t size = search.screen.padded_size, num_rows = search.p.num_rows;
   const Quantum* rows = static_cast<const Quantum*>(search.screen.rows);
+  static_assert(kPanel == kAmxColumns);
   alignas(64) int32_t totals[kAmxRows][kPanel];
   take_tiles();
   for (int64_t r = 0; r < num_rows; r += kAmxRows) {

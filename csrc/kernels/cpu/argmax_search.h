@@ -88,13 +88,22 @@ struct Search {
     if (score > winners.reached[r]) winners.reached[r] = score;
   }
 
-  // Consecutive entries of which one may win; their bounds are NaN for those that are none.
-  void consider(int64_t r, int64_t first, const float* upper, const float* lower, int count) const {
-    for (int i = 0; i < count; ++i) {
-      if (lower[i] <= kLargest) raise(r, next_below(lower[i]));  // so that itself will be taken, or a better one
+  // Consecutive entries of which one may win, a lane each; score and slack are NaN for those that are none.
+  template <int N>
+  void consider(int64_t r, int64_t first, const Float (&score)[N], const Float (&slack)[N]) const {
+    const Float none = splat<Float>(-__builtin_inff());
+    Float lower = none;
+    for (int j = 0; j < N; ++j) {
+      const Float one = score[j] - slack[j];
+      lower = larger(select((Int)(one <= kLargest), one, none), lower);
     }
-    for (int i = 0; i < count; ++i) {
-      if (upper[i] > winners.reached[r]) take(r, first + i);
+    raise(r, next_below(largest(lower)));  // so that itself will be taken, or a better one
+    for (int j = 0; j < N; ++j) {
+      const Float upper = score[j] + slack[j];
+      for (uint32_t bits = lane_bits((Int)(upper > winners.reached[r])); bits != 0; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        if (upper[lane] > winners.reached[r]) take(r, first + j * kLanes + lane);
+      }
     }
   }
 };

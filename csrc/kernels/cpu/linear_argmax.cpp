@@ -30,7 +30,7 @@ namespace CALM_ISA {
 namespace {
 
 constexpr float kLargestNorm = 1e18f;  // up to which no product of rows as they are overflows
-constexpr int kDirectEntries = 4;
+constexpr int kDirectEntries = 4;      // a lane each
 
 // A few rows as they are.
 template <class T>
@@ -39,6 +39,7 @@ void scan_direct(const Search<T>& search, void* scratch, int64_t begin, int64_t 
   using V = Vector<Wide>;
   const int64_t size = search.p.size, padded_size = search.screen.padded_size;
   constexpr bool kWidens = sizeof(T) == 2;
+  static_assert(kDirectEntries <= kLanes);
   Wide* widened = static_cast<Wide*>(scratch);  // [kDirectEntries, padded_size] of a 16-bit weight
   const Wide* hidden = static_cast<const Wide*>(search.screen.rows);  // [R, padded_size]
   for (int64_t first = begin; first < end; first += kDirectEntries) {
@@ -83,16 +84,16 @@ void scan_direct(const Search<T>& search, void* scratch, int64_t begin, int64_t 
           for (int i = 0; i < kDirectEntries; ++i) sums[i] += x * load_some<V>(weight[i] + k, width);
         });
       }
-      float upper[kDirectEntries], lower[kDirectEntries];
+      Float scores[1] = {splat<Float>(__builtin_nanf(""))}, slacks[1] = {scores[0]};
       bool possible = false;
       const bool exact = search.screen.error[r] != search.screen.error[r];
       for (int i = 0; i < count; ++i) {
         const float score = static_cast<float>(sum(sums[i])), slack = search.screen.error[r] * norm[i];
-        upper[i] = score + slack;
-        lower[i] = score - slack;
-        possible |= upper[i] > search.winners.reached[r];
+        scores[0][i] = score;
+        slacks[0][i] = slack;
+        possible |= score + slack > search.winners.reached[r];
       }
-      if (possible) search.consider(r, first, upper, lower, count);
+      if (possible) search.consider(r, first, scores, slacks);
       for (int i = 0; i < count; ++i) {
         if (exact || odd[i]) search.take(r, first + i);
       }
