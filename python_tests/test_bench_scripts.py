@@ -87,5 +87,7 @@ def test_whole_texts_as_json(script, monkeypatch, tmp_path, folder) -> None:
         ("4 tokens", "native"),
         ("2 sequences of 4 tokens", "one by one"),
         ("2 sequences of 4 tokens", "native"),
+        ("2 sequences of 4 tokens at temperature 1", "one by one"),
+        ("2 sequences of 4 tokens at temperature 1", "native"),
     }
     assert {row["model"] for row in results["rows"]} == {"calm"}
