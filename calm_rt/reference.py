@@ -86,7 +86,7 @@ def noise(
         a0, a1 = 2 * math.pi * u1, 2 * math.pi * u3
         values = [r0 * torch.cos(a0), r0 * torch.sin(a0), r1 * torch.cos(a1), r1 * torch.sin(a1)]
     else:
-        values = [u0, u1, u2, u3]
+        values = [u.clamp(max=1 - torch.finfo(dtype).eps / 2) for u in (u0, u1, u2, u3)]  # below 1
     return torch.stack(values, -1).flatten(-2)[..., :length].to(dtype)
 
 

@@ -59,6 +59,13 @@ static bool is_right(std::mt19937& random, int64_t rows, int64_t depth, int64_t 
   product.out_row = columns;
   product.rows = fewer;
   CALM_ISA::product_kernel(product);
+  std::vector<float> untouched(columns, 7.f);
+  product.out = untouched.data();
+  product.rows = 0;
+  CALM_ISA::product_kernel(product);
+  for (const float value : untouched) {
+    if (value != 7.f) return false;
+  }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < out_row; ++j) {
       const float got = out[i * out_row + j];

@@ -1,6 +1,7 @@
 """Encoders and decoders as the models use them: folded, trained, under autocast, on the GPU."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ import calm_rt
 from calm_rt import inputs, ops, reference, testing
 from calm_rt.nn import Autoencoder, AutoencoderConfig, fold_encoder, folded_bytes, screen_decoder
 from calm_rt.ops.decode import decode_hidden
+from calm_rt.reference import LinearWeights
 from calm_rt.testing import CASES
 
 CONFIG = AutoencoderConfig(
@@ -115,6 +117,49 @@ def test_nothing_to_gather_or_to_choose_from_is_an_error() -> None:
     empty = arguments["weights"]._replace(vocabulary=torch.empty(0, 8, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"weights.vocabulary: expected V and H of 1 or more"):
         ops.decode(arguments["latents"], empty)
+
+
+def as_float(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.float()
+
+
+def test_patches_of_no_token_have_no_ids() -> None:
+    arguments = inputs.decode(5, 9, 8, 12, 3, 2)
+    expand = LinearWeights(*(part[:0] for part in arguments["weights"].expand))
+    weights = arguments["weights"]._replace(expand=expand)
+    latents = arguments["latents"]
+    assert ops.decode(latents, weights).shape == (5, 0)
+    assert ops.decode(latents.float(), tree_map(as_float, weights)).shape == (5, 0)
+
+
+@pytest.mark.parametrize("make", [inputs.encode, inputs.folded_encode])
+def test_norms_of_any_type_beside_products_of_another(make) -> None:
+    arguments = make(4, 31, 8, 12, 3, 2)
+    for dtype, norm_dtype in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        weights = tree_map(functools.partial(Tensor.to, dtype=dtype), arguments["weights"])
+        layers = [layer._replace(norm=layer.norm.to(norm_dtype)) for layer in weights.patch_layers]
+        weights = weights._replace(patch_layers=layers)
+        native = ops.encode(arguments["ids"], weights)
+        expected = reference.encode(arguments["ids"], weights, 1e-6)
+        assert native[0].dtype == dtype
+        torch.testing.assert_close(native, tuple(part.to(dtype) for part in expected))
+
+
+def test_folded_weights_under_autocast() -> None:
+    arguments = inputs.folded_encode(4, 31, 8, 12, 3, 2)
+    exact = torch.stack(reference.encode(**arguments, eps=1e-6))
+    arguments["weights"] = tree_map(Tensor.float, arguments["weights"])
+    with torch.autocast("cpu", torch.bfloat16):
+        with calm_rt.backend("native"):
+            native = torch.stack(ops.encode(**arguments))
+        expected = torch.stack(reference.encode(**arguments, eps=1e-6))
+    assert native.dtype == expected.dtype == torch.bfloat16
+    assert (native - exact).abs().max() <= 2 * (expected - exact).abs().max()
+
+
+def test_a_layer_without_features_has_none() -> None:
+    x = torch.empty(2, 3, 0)
+    assert ops.gated_mlp(x, x[0, 0], *torch.empty(2, 4, 0), torch.empty(0, 4)).shape == x.shape
 
 
 def test_autocast_takes_the_products_in_its_type() -> None:

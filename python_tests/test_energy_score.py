@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_simulator import energy_score, simulator  # noqa: F401  (a fixture)
 
 import calm_rt
 from calm_rt import ops
@@ -28,6 +29,18 @@ def test_equal_draws_have_finite_gradients(beta: float) -> None:
     assert (result.diversity == 0).all() and result.fidelity[0] == 0
     assert (gradient[:, 0] == 0).all() and torch.isfinite(gradient).all()
     assert (gradient[:, 1:] != 0).any()
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1])
+def test_draws_that_nearly_meet_have_finite_gradients(simulator, beta: float) -> None:  # noqa: F811
+    """d^(beta - 2) is beyond float32 where the distance is 1e-22."""
+    x = torch.tensor([0.0, 1e-22])[:, None, None].repeat(1, 3, 4).requires_grad_()
+    others = {"mean": torch.ones(3, 4), "log_std": torch.zeros(3, 4), "num_targets": 2}
+    arguments = {"x": x, **others, "beta": beta, "seed": torch.tensor(0), "rows": torch.arange(3)}
+    (gradient,) = torch.autograd.grad(score(arguments).sum(), x)
+    for of_kernel in (gradient, energy_score(simulator, arguments)[3]):
+        assert of_kernel.isfinite().all() and (of_kernel[1] > 1e15).all()
+        assert (of_kernel[0] < -1e15).all()
 
 
 @pytest.mark.parametrize("name", ["x", "mean", "log_std"])

@@ -109,6 +109,8 @@ def test_a_wrong_screen_is_refused() -> None:
     for other in (torch.randn(400, 40), torch.randn(500, 400)):
         with pytest.raises(RuntimeError, match="screen must be what screen_vocabulary made"):
             ops.linear_argmax(hidden, weight, screen_vocabulary(other))
+    with pytest.raises(RuntimeError, match="screen must be what screen_vocabulary made"):
+        ops.linear_argmax(hidden, weight[:-1], screen_vocabulary(weight))  # as many panels
     for bad in (torch.zeros(3), torch.zeros(0, 3), torch.zeros(3, 3, dtype=torch.int64)):
         with pytest.raises(ValueError, match="weight: expected"):
             screen_vocabulary(bad)

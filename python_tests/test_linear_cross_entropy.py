@@ -94,6 +94,14 @@ def test_denominator_replaces_the_count_and_has_a_gradient() -> None:
         ops.linear_cross_entropy(x, weight, target, denominator=denominator, reduction="sum")
 
 
+def test_a_denominator_of_zero_leaves_no_finite_gradient() -> None:
+    x, weight, target = arguments()
+    loss = ops.linear_cross_entropy(x, weight, target, denominator=torch.tensor(0.0))
+    assert loss.isinf()
+    grad_x, grad_weight = gradients(loss, x, weight)
+    assert not grad_x[target >= 0].isfinite().any() and not grad_weight.isfinite().any()
+
+
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("wrong", [300, -1, 2**62])
 def test_wrong_target_is_named(backend: str, wrong: int) -> None:

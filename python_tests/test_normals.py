@@ -244,3 +244,13 @@ DEFECTS = {
 )
 def test_planted_defect_is_found(sample: Callable[..., np.ndarray], name: str) -> None:
     assert name in suspicious(p_values(sample, SMALL))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_uniforms_of_16_bits_stay_below_1(backend: str, dtype: torch.dtype) -> None:
+    with calm_rt.backend(backend):
+        u = ops.noise(
+            torch.arange(500), 2, 64, seed=1, stream=3, distribution="uniform", dtype=dtype
+        )
+    assert u.dtype == dtype and u.max() == 1 - torch.finfo(dtype).eps / 2 and u.min() >= 0

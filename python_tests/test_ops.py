@@ -250,16 +250,19 @@ def test_two_runs_are_bitwise_equal(case: Case, device: str) -> None:
 
 @all_cases
 def test_thread_count_does_not_change_bits(case: Case) -> None:
-    threads = torch.get_num_threads()
+    """With gradients at 1 and 4, for encode then takes two products of torch."""
+    threads, runs = torch.get_num_threads(), {}
     try:
         with calm_rt.backend("native"):
-            torch.set_num_threads(1)
-            one = run(case, case.make())
-            torch.set_num_threads(4)
-            four = run(case, case.make())
+            for count in (1, 2, 3, 4, 7):
+                torch.set_num_threads(count)
+                for grad in (True, False) if count in (1, 4) else (False,):
+                    with torch.set_grad_enabled(grad):
+                        runs[count, grad] = run(case, case.make())
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
+    for (_, grad), outputs in runs.items():
+        assert all(torch.equal(a, b) for a, b in zip(outputs, runs[1, grad], strict=True))
 
 
 @pytest.mark.parametrize("case", [case for case in LAW_CASES if case.gradients], ids=str)

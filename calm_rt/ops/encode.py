@@ -53,16 +53,32 @@ def encode(
     if not _native.use_native("encode", ids, table.dtype, DTYPES):
         mean, log_std = _native.call_reference(reference.encode, ids, weights, eps)
     elif trained or is_autocast_on(ids.device):
-        mean, log_std = _encode_distinct(ids, weights, eps)
+        mean, log_std = _compose(ids, weights, eps)
     else:
         return _native.call("encode", ids, *_flat(weights), eps)
     return mean.contiguous(), log_std.contiguous()
 
 
-def _encode_distinct(ids: Tensor, weights: EncoderWeights, eps: float) -> tuple[Tensor, Tensor]:
-    """The encoder with gradients: the token layers see every distinct token once.
+def _compose(
+    ids: Tensor, weights: EncoderWeights | FoldedEncoderWeights, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The encoder from other ops, which have gradients and follow autocast."""
+    if isinstance(weights, FoldedEncoderWeights):
+        slots = zip(ids.T, weights.tables, strict=True)
+        hidden = sum(reference.embed(of_slot, table) for of_slot, table in slots)  # [R, H]
+    else:
+        hidden = _linear(_distinct_tokens(ids, weights, eps).flatten(-2), weights.squeeze)
+    for layer in weights.patch_layers:
+        hidden = gated_mlp(hidden, *layer, eps=eps)
+    hidden = reference.rms_norm(hidden, weights.norm, eps)
+    mean, log_std = _linear(hidden, weights.latent).chunk(2, -1)
+    return mean, log_std
 
-    What they make of a token does not depend on its slot, and text repeats its tokens.
+
+def _distinct_tokens(ids: Tensor, weights: EncoderWeights, eps: float) -> Tensor:
+    """What the token layers make of every token, [R, K, H]; they see each distinct one once.
+
+    It does not depend on the token's slot, and text repeats its tokens.
     """
     if may_look(ids):
         tokens, slots = ids.unique(return_inverse=True)
@@ -74,14 +90,7 @@ def _encode_distinct(ids: Tensor, weights: EncoderWeights, eps: float) -> tuple[
     hidden = embedding if tokens is None else reference.embed(tokens, embedding)
     for layer in weights.token_layers:
         hidden = gated_mlp(hidden, *layer, eps=eps)
-    if slots is not None:
-        hidden = reference.embed(slots, hidden)  # [R, K, H]
-    hidden = _linear(hidden.flatten(-2), weights.squeeze)
-    for layer in weights.patch_layers:
-        hidden = gated_mlp(hidden, *layer, eps=eps)
-    hidden = reference.rms_norm(hidden, weights.norm, eps)
-    mean, log_std = _linear(hidden, weights.latent).chunk(2, -1)
-    return mean, log_std
+    return hidden if slots is None else reference.embed(slots, hidden)
 
 
 def _linear(hidden: Tensor, weights: LinearWeights) -> Tensor:

@@ -53,9 +53,10 @@ def gated_mlp(
     wide = x if x.dtype == dtype else x.float()
     leaves = (x, norm_weight, gate, up, down)
     keep_products = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    rows = wide if wide.ndim == 2 else wide.flatten(0, -2) if wide.ndim > 2 else wide[None]
     out, _, _ = _native.call(
         "gated_mlp",
-        wide if wide.ndim == 2 else wide.reshape(-1, x.shape[-1]),
+        rows,
         norm_weight.to(torch.promote_types(wide.dtype, torch.float32)),
         gate.to(dtype),
         up.to(dtype),
@@ -92,7 +93,7 @@ def flat_layers(layers: list[MlpWeights]) -> list[Tensor]:
     """The weights of a chain of layers as kernels list them, norms in the accumulation type."""
     flat = []
     for norm, *matrices in layers:
-        flat += [norm.to(torch.promote_types(norm.dtype, torch.float32)), *matrices]
+        flat += [norm.to(torch.promote_types(matrices[0].dtype, torch.float32)), *matrices]
     return flat
 
 

@@ -124,7 +124,8 @@ def linear_cross_entropy(
     if reduction == "sum":
         return total
     divisor = (target != ignore_index).sum() if denominator is None else denominator
-    empty = divisor == 0  # the loss is NaN, and its gradient 0 as torch's, not 0 * inf
+    # of no row the loss is NaN, and its gradient 0 as torch's, not 0 * inf
+    empty = (divisor == 0) & (total.detach() == 0)
     return total / divisor.masked_fill(empty, 1) + (total.detach() / divisor).where(empty, 0)
 
 

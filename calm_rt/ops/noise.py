@@ -50,7 +50,9 @@ def noise(
         )
     normal = distribution == "normal"
     values = _native.call("noise", seed, rows, num_draws, length, int(stream), normal, double)
-    return values if wide == dtype else values.to(dtype)
+    if wide == dtype:
+        return values
+    return (values if normal else values.clamp_(max=1 - torch.finfo(dtype).eps / 2)).to(dtype)
 
 
 def _fake(seed, rows, num_draws, length, stream, normal, double_precision):

@@ -4,8 +4,9 @@
 //
 // A screen gives every score approximately, with a bound of its error that holds for certain; only the few entries
 // whose upper bound exceeds what has been reached are computed exactly, in double, where products of the inputs are
-// exact. The ids are those of exact arithmetic on every device, instruction set and thread count, whatever a library
-// does.
+// exact, and added up in one order on each kind of device. So the ids do not depend on what a library does, on threads
+// or, but for double inputs, on the instruction set; they are those of exact arithmetic wherever the two best scores
+// differ by more than the sums round, 2^-53 of the terms.
 //
 // On the CPU (LinearArgmax) the screen multiplies rows rounded to 8 bits. With h = s (q + e), w = t q' + e',
 //   |<h, w> - s t <q, q'>| <= s (|e| |w| + |q| |e'|)                              (Cauchy-Schwarz)
@@ -17,8 +18,9 @@
 //
 // On the GPU tensor cores multiply operands rounded to bfloat16, and of 64 entries only the largest bound of a score,
 // which entry has it, and the next bound are kept (BoundGroups): no score is stored. SearchGroups computes an entry
-// exactly whose bound can win, and all of a group whose next bound can. BoundGroups reads each row of hidden
-// V / 256 times and of weight R / 256 times, mostly from L2, and writes R*V/8 bytes.
+// exactly whose bound can win, and all of a group whose next bound can. BoundGroups reads each row of hidden once for
+// each tile of entries and of weight once for each tile of rows, mostly from L2, and writes R*V/8 bytes. Tiles are 128
+// rows by 256 entries where there is wgmma, 256 rows by 128 entries elsewhere.
 //
 // Where rows are not whole packs of eight (H odd, say), the library multiplies operands rounded to bfloat16 block by
 // block of the vocabulary; no more than one block of scores exists. A rounded score differs from the exact one by no
@@ -47,8 +49,8 @@ constexpr double kBfloat16Rounding = 2 * kOperandRounding;
 constexpr double kSumRounding = 1.5e-7;  // above 10 / 8 * 2^-23
 
 // A norm's least excess over 0. With it the bounds also cover what underflows in the screen's products and sums, where
-// an error is not in proportion to anything: up to 2^-126 for each of H products, factor times the square of this is
-// 4e-33.
+// an error is not in proportion to anything: up to 2^-126 (1.2e-38) for each of H products, where factor times the
+// square of this is 8e-33 of rounded operands and H times 1.5e-37 of exact ones.
 constexpr float kNormRoom = 1e-15f;
 
 template <class T>
@@ -177,6 +179,8 @@ void launch(Cpu device, const LinearArgmax<T>& p);  // float, double, bfloat16, 
 template <class T>
 void launch(Cpu device, const ScreenVocabulary<T>& p);  // float, bfloat16, half; H up to kLongestScreened
 PanelSizes panel_sizes(Cpu device, int64_t vocabulary, int64_t size);
+// Whether panels of these sizes have no entry behind V - 1, of which a search would read the weight.
+bool screen_ends_with(Cpu device, const void* panels, int64_t vocabulary, int64_t size);
 template <class T, class S>
 void launch(Cuda device, const RoundRows<T, S>& p);  // T float, bfloat16, half; S bfloat16
 template <class T, class S>

@@ -29,9 +29,10 @@ inline void find_argmax(Cpu device, const Tensor& hidden, const Tensor& weight, 
                         const int64_t* count, const Tensor& id) {
   if (screen) {
     const PanelSizes sizes = panel_sizes(device, weight.size(0), weight.size(1));
-    const bool fits = has_shape(*screen, ScalarType::Char, {sizes.num_panels, sizes.panel_bytes});
-    STD_TORCH_CHECK(fits && hidden.scalar_type() != ScalarType::Double && screen->is_contiguous(),
-                    "linear_argmax: screen must be what screen_vocabulary made of this weight on this processor");
+    const bool fits = has_shape(*screen, ScalarType::Char, {sizes.num_panels, sizes.panel_bytes}) &&
+                      hidden.scalar_type() != ScalarType::Double && screen->is_contiguous() &&
+                      screen_ends_with(device, screen->const_data_ptr(), weight.size(0), weight.size(1));
+    STD_TORCH_CHECK(fits, "linear_argmax: screen must be what screen_vocabulary made of this weight on this processor");
   }
   if (count != nullptr) torch::stable::fill_(id, -1);
   dispatch<Cpu>(hidden.scalar_type(), "linear_argmax", [&](auto element) {

@@ -64,8 +64,9 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type,
-                                                  like.get_device_index(), &handle));
+  const auto error = aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device_type,
+                                              like.get_device_index(), &handle);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "allocate: not enough memory for a tensor of ", stride, " numbers");
   return Tensor(handle);
 }
 

@@ -35,7 +35,8 @@ namespace {
 
 constexpr int kSums = 16;  // independent partial sums, the same on every instruction set
 
-// <a, b> in double, where products of float inputs are exact: one order of additions everywhere.
+// <a, b> in double, where products of float inputs are exact: one order of additions everywhere. Those of double inputs
+// are not, and round by whether the instruction set fuses them with an addition.
 template <class T>
 double exact_product(const T* a, const T* b, int64_t size) {
   double sums[kSums] = {};

@@ -121,6 +121,9 @@ CALM_INLINE void write_row(const Wide* from, int64_t length, T* to) {
   }
 }
 
+template <class Wide>
+constexpr double kLargestOf = sizeof(Wide) == 4 ? __FLT_MAX__ : __DBL_MAX__;
+
 // Turns `count` squared distances into the weights scale * beta * d^(beta - 1) / d of their gradients, 0 at distance 0;
 // returns the sum of d^beta.
 template <class V, class Wide>
@@ -138,7 +141,10 @@ CALM_INLINE double weigh(Wide* squared, int64_t count, double beta, double scale
   for (int64_t k = 0; k < count; ++k) {
     const double d = __builtin_sqrt(squared[k]);
     // in this order an infinite d gives NaN where beta > 1, as the overflow of a gradient that is not 0 should
-    squared[k] = d == 0 ? 0 : static_cast<Wide>(scale * beta * __builtin_pow(d, beta - 1) / d);
+    double weight = scale * beta * __builtin_pow(d, beta - 1) / d;
+    if (weight > kLargestOf<Wide>) weight = kLargestOf<Wide>;  // of a d below 1e-20: the gradient stays finite
+    if (weight < -kLargestOf<Wide>) weight = -kLargestOf<Wide>;
+    squared[k] = d == 0 ? 0 : static_cast<Wide>(weight);
     total += d == 0 ? 0 : __builtin_pow(d, beta);
   }
   return total;

@@ -18,14 +18,6 @@ CALM_EACH_ISA(template <class X, class T> void rms_norm_kernel(const RmsNorm<X, 
 namespace CALM_ISA {
 namespace {
 
-CALM_INLINE float inverse_root(float x) { return 1 / __builtin_sqrtf(x); }
-CALM_INLINE double inverse_root(double x) { return 1 / __builtin_sqrt(x); }
-
-template <class V>
-CALM_INLINE V sigmoid(V z) {
-  return 1 / (1 + exponential(-z));
-}
-
 // 1 / sqrt(mean(x^2) + eps) of one row.
 template <class X>
 CALM_INLINE AccumulateType<X> inverse_rms(const X* x, int64_t size, double eps) {

@@ -24,7 +24,8 @@ CALM_EACH_ISA(template <class T>
                                        const ArgmaxWinners& winners, void* scratch, int64_t begin, int64_t end);
               template <class T>
               void screen_vocabulary_kernel(const ScreenVocabulary<T>& p, int64_t begin, int64_t end);
-              int64_t panel_entries(); int64_t panel_bytes(int64_t padded_size);)
+              bool ends_with(const void* panels, int64_t vocabulary, int64_t padded_size); int64_t panel_entries();
+              int64_t panel_bytes(int64_t padded_size);)
 
 namespace CALM_ISA {
 namespace {
@@ -170,6 +171,17 @@ void screen_vocabulary_kernel(const ScreenVocabulary<T>& p, int64_t begin, int64
   }
 }
 
+// Whether the screen's last panel ends with entry V - 1: then no lane behind it has a bound, so that none is read.
+bool ends_with(const void* panels, int64_t vocabulary, int64_t padded_size) {
+  const int64_t last = (vocabulary - 1) / kPanel;
+  const char* data = static_cast<const char*>(panels) + last * Panel::bytes(padded_size);
+  const float* norm = reinterpret_cast<const float*>(data) + kPanel;
+  for (int64_t place = vocabulary - last * kPanel; place < kPanel; ++place) {
+    if (norm[place] == norm[place]) return false;
+  }
+  return true;
+}
+
 int64_t panel_entries() { return kPanel; }
 int64_t panel_bytes(int64_t padded_size) { return Panel::bytes(padded_size); }
 
@@ -244,6 +256,10 @@ void launch(Cpu device, const LinearArgmax<T>& p) {
 PanelSizes panel_sizes(Cpu, int64_t vocabulary, int64_t size) {
   const int64_t entries = CALM_SELECT(panel_entries)();
   return {(vocabulary + entries - 1) / entries, CALM_SELECT(panel_bytes)(pad_row(size))};
+}
+
+bool screen_ends_with(Cpu, const void* panels, int64_t vocabulary, int64_t size) {
+  return CALM_SELECT(ends_with)(panels, vocabulary, pad_row(size));
 }
 
 template <class T>

@@ -180,6 +180,7 @@ CALM_INLINE void multiply_few_along_rows(const MatrixProduct& p, int64_t m, int6
 }  // namespace
 
 void product_kernel(const MatrixProduct& p) {
+  if (p.rows == 0) return;
   if (p.rows <= kFewProductRows && p.b_row == 1 && p.a_column == 1) return multiply_few(p);
   if (p.b_column == 1 && (p.rows <= kFewProductRows || p.depth <= kShallow)) {
     for (int64_t m = 0; m < p.rows; m += kFewProductRows)

@@ -26,14 +26,6 @@ CALM_EACH_ISA(template <class T> void head_noise_kernel(const HeadNoise<T>& p, i
 namespace CALM_ISA {
 namespace {
 
-CALM_INLINE float inverse_root(float x) { return 1 / __builtin_sqrtf(x); }
-CALM_INLINE double inverse_root(double x) { return 1 / __builtin_sqrt(x); }
-
-template <class V>
-CALM_INLINE V sigmoid(V z) {
-  return 1 / (1 + exponential(-z));
-}
-
 // The first `count` of a vector's elements, zeros after them.
 template <class Wide, class V>
 CALM_INLINE V first_of(V v, int64_t count) {

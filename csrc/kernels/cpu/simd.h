@@ -271,6 +271,14 @@ CALM_INLINE Float exponential(Float x) {
 }
 CALM_INLINE double exponential(double x) { return __builtin_exp(x); }
 
+template <class V>
+CALM_INLINE V sigmoid(V z) {
+  return 1 / (1 + exponential(-z));
+}
+
+CALM_INLINE float inverse_root(float x) { return 1 / __builtin_sqrtf(x); }
+CALM_INLINE double inverse_root(double x) { return 1 / __builtin_sqrt(x); }
+
 CALM_INLINE Float absolute(Float x) { return reinterpret_cast<Float>(reinterpret_cast<Int>(x) & 0x7fffffff); }
 CALM_INLINE double absolute(double x) { return __builtin_fabs(x); }
 

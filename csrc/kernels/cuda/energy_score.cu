@@ -48,7 +48,9 @@ __device__ __forceinline__ Term distance_term(float squared, float beta) {
   if (distance == 0) return {0, 0};
   if (beta == 1) return {distance, rsqrtf(squared)};
   const float slope = powf(distance, beta - 1);
-  return {isinf(distance) ? distance : slope * distance, beta * slope * rsqrtf(squared)};
+  const float weight = beta * slope * rsqrtf(squared);
+  // of a distance below 1e-20 where beta is small: the gradient stays finite
+  return {isinf(distance) ? distance : slope * distance, weight > __FLT_MAX__ ? __FLT_MAX__ : weight};
 }
 
 // One thread's part of a row: four elements in each of GROUPS groups, group g being row group `group + 32 g`.
