@@ -21,8 +21,6 @@ from calm_rt.model_folder import (
     AUTOENCODER,
     CONFIG,
     DTYPES,
-    EMBEDDING,
-    EMBEDDING_ALIAS,
     HEAD,
     HEAD_ALIAS,
     INDEX,
@@ -35,6 +33,7 @@ from calm_rt.model_folder import (
     copy_tokenizer,
 )
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm
+from calm_rt.nn.autoencoder import EMBEDDING, EMBEDDING_ALIAS
 from calm_rt.ops.check import check
 from calm_rt.options import LAYOUTS
 from calm_rt.tensor_files import write_json, write_shards, write_torch
@@ -85,8 +84,8 @@ def save(
         the folder `autoencoder`, to which ae_path points.
     max_shard_bytes: of "calm_rt", of the tensors in a file, of which one is taken at least; None
         for one file of all.
-    raises: ValueError for a layout that is none, and for a folder in which other files of tensors
-        would be read in place of these.
+    raises: ValueError for a layout that is none, a vocabulary of the decoder that is not the
+        encoder's, and a folder in which other files of tensors would be read in place of these.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     kinds = isinstance(model, Autoencoder | Calm)
@@ -96,7 +95,12 @@ def save(
     tensors, inner = model.state_dict(), None
     kind = ENERGY if isinstance(model, Calm) else "Autoencoder"
     for name in [name for name in tensors if name.endswith(EMBEDDING_ALIAS)]:
-        del tensors[name]
+        embedding, alias = (
+            tensors[name.removesuffix(EMBEDDING_ALIAS) + EMBEDDING],
+            tensors.pop(name),
+        )
+        one = embedding.data_ptr() == alias.data_ptr() or torch.equal(embedding, alias)
+        check(one, "model", f"{name} that is {EMBEDDING}", "another tensor, which no layout holds")
     values = {"architectures": [kind], **model.config.to_dict()}
     if isinstance(model, Calm):
         inner = model.ae_model.config

@@ -43,14 +43,17 @@ def finite(value: Any) -> Any:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a folder's log; a line that a crash cut off is left out."""
+    """The lines of a folder's log; from a line on that a crash cut off none."""
     path = folder / LOG
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
+            break
+        lines.append(line)
     return lines
 
 

@@ -223,6 +223,10 @@ class TokenShards:
             raise ValueError(f"folder: {folder}/documents.bin does not belong to shards.json")
         self._train, self._held_out = np.split(tokens, [header.num_train_tokens])
 
+    def __reduce__(self) -> tuple:
+        """Another process maps the files anew; numpy would pickle what is in them."""
+        return type(self), (self.folder.absolute(),)
+
     @property
     def train_tokens(self) -> np.ndarray:
         """A copy of the training tokens without the BOS in front of documents: [N].
@@ -272,8 +276,8 @@ class TokenShards:
         blocks = shuffled(blocks, num_blocks, epochs, seed)
         ids = self._read(self._train, blocks, block_size)
         num_patches = block_size // self.patch_size
-        rows = torch.arange(first * num_patches, (first + share) * num_patches)
-        return ids, rows.view(share, num_patches)
+        rows = np.arange(first * num_patches, (first + share) * num_patches)
+        return ids, torch.from_numpy(rows).view(share, num_patches)
 
     def held_out_batches(
         self, batch_size: int, block_size: int, limit: int | None = None
@@ -305,9 +309,12 @@ class TokenShards:
         whole = block_size > 0 and block_size % self.patch_size == 0
         check(whole, "block_size", f"a multiple of patch_size {self.patch_size}", block_size)
         if len(tokens) < block_size:
+            advice = "lower it or give more text"
+            if not len(tokens):
+                advice = "tokenize with held_out above 0 and below 1, from two documents or more"
             raise ValueError(
                 f"block_size: expected at most the {len(tokens)} {kind} tokens of {self.folder}, "
-                f"got {block_size}; lower it or give more text"
+                f"got {block_size}; {advice}"
             )
         return len(tokens) // block_size
 

@@ -8,11 +8,11 @@ uninterrupted process.
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calm_rt import ops
 from calm_rt.nn import Autoencoder, Calm
-from calm_rt.ops.check import check
+from calm_rt.ops.check import check, check_tensor
 from calm_rt.reference import Stream
 
 # of a masked token, as in the official code; in our vocabularies the unused unknown token
@@ -50,6 +50,7 @@ def autoencoder_loss(
     raises: ValueError for ids that are not whole patches, and for a share that is none.
     source: official Autoencoder.forward; each dimension's KL counts as kl_clamp at least.
     """
+    _check_model(model, Autoencoder)
     config = model.config
     check(0 <= random_tokens <= 1, "random_tokens", "a share in [0, 1]", random_tokens)
     patches, rows = _patches(ids, config.patch_size, rows)
@@ -99,11 +100,12 @@ def energy_loss(
     raises: ValueError for ids that are not whole patches or fewer than two.
     source: paper equations 9 and 10, official EnergyTransformer.energy_score.
     """
+    _check_model(model, Calm)
     patch_size = model.config.patch_size
     _, rows = _patches(ids, patch_size, rows)
     enough = f"at least two patches of {patch_size} tokens a row"
     check(ids.shape[1] >= 2 * patch_size, "ids", enough, ids.shape[1])
-    rows = rows.view(ids.shape[0], -1)[:, 1:].flatten()
+    rows = rows.view(ids.shape[0], ids.shape[1] // patch_size)[:, 1:].flatten()
     with torch.no_grad():
         mean, log_std = model.ae_model.encode(ids[:, patch_size:])  # [B, P - 1, L] each
     with autocast(precision, ids.device):
@@ -125,13 +127,22 @@ def energy_loss(
     }
 
 
+def _check_model(model: nn.Module, kind: type[nn.Module]) -> None:
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    expected = f"of class {kind.__name__} (a wrapper's .module; examples/small_calm.py shows DDP)"
+    check(isinstance(inner, kind), "model", expected, type(model).__name__)
+
+
 def _patches(ids: Tensor, patch_size: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """ids [B, P K] as patches [R, K], and their row ids [R]."""
+    check_tensor("ids", ids)
     whole = ids.dim() == 2 and ids.shape[1] % patch_size == 0
     check(whole, "ids", f"[B, P x {patch_size}], whole patches", list(ids.shape))
     patches = ids.reshape(-1, patch_size)
     if rows is None:
         rows = torch.arange(len(patches), device=ids.device)
+    check_tensor("rows", rows)
     rows = rows.flatten()
-    check(len(rows) == len(patches), "rows", f"one id a patch, {len(patches)}", len(rows))
+    if len(rows) != len(patches):  # only then, for the text fixes what a compiler leaves open
+        check(False, "rows", f"one id a patch, {len(patches)}", len(rows))
     return patches, rows

@@ -17,6 +17,7 @@ from torch import Tensor
 from calm_rt.atomic import replace
 from calm_rt.hub import TOKENIZERS
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
+from calm_rt.nn.autoencoder import EMBEDDING, EMBEDDING_ALIAS
 from calm_rt.ops.check import check
 from calm_rt.tensor_files import StoredTensors, read_json
 
@@ -29,8 +30,7 @@ INDEX = ".index.json"  # behind either name: which shard holds which tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # a name, and the name under which an official file may hold the same tensor again or instead
-EMBEDDING, HEAD = "encoder.embed_tokens.weight", "generative_head."
-EMBEDDING_ALIAS, HEAD_ALIAS = "decoder.lm_head_weight", "mlp_generator."
+HEAD, HEAD_ALIAS = "generative_head.", "mlp_generator."  # as EMBEDDING and EMBEDDING_ALIAS
 AUTOENCODER = "ae_model."  # what is before the names of the autoencoder inside a language model
 INNER = "autoencoder"  # its configuration inside that of a language model; no official field
 

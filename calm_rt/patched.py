@@ -23,7 +23,7 @@ from calm_rt.evaluation import brier_lm
 from calm_rt.generation import Generator
 from calm_rt.losses import MASK_ID
 from calm_rt.nn import EnergyHead
-from calm_rt.official_models import Patch, current
+from calm_rt.official_models import ENERGY, Patch, current
 from calm_rt.ops.check import check
 from calm_rt.reference import Stream
 from calm_rt.sampling import MAX_DRAWS, parse_temperature, sample_patches
@@ -130,7 +130,7 @@ def model_forward(
         mean, log_std = latents.squeeze(0).chunk(2, -1)  # [R, L]
 
     draws = None
-    if patch.head is not None:
+    if patch.kind == ENERGY:
         draws = _draws(self, patch, hidden, self.num_samples)
         values = -self.energy_score(draws, mean, log_std)  # [R]
     else:

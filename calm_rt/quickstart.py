@@ -23,7 +23,7 @@ from calm_rt.data import (
 from calm_rt.generation import Generator
 from calm_rt.model_folder import CONFIG
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
-from calm_rt.ops.check import check, check_int
+from calm_rt.ops.check import check, check_seed
 from calm_rt.tensor_files import write_json
 from calm_rt.threads import faster_threads, restored_threads
 from calm_rt.training import TrainingConfig, train, train_autoencoder
@@ -82,7 +82,7 @@ def run_quickstart(
     raises: ValueError and OSError for a corpus or a folder that cannot be used, KeyboardInterrupt.
     """
     check(0 < minutes < float("inf"), "minutes", "a positive number", minutes)
-    seed, output = check_int("seed", seed, -(2**63), 2**63 - 1), Path(output)
+    seed, output = check_seed(seed), Path(output)
     model_there = (output / CONFIG).exists()
     free = "a folder without a model (or overwrite, to replace it)"
     check(overwrite or not model_there, "output", free, output)

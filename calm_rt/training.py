@@ -112,9 +112,9 @@ def train(
     model, output = _start(config, Calm, build, output, training.seed, resume, overwrite)
     limit = model.config.max_position_embeddings * model.config.patch_size
     check(
-        training.block_size <= limit,
+        2 * model.config.patch_size <= training.block_size <= limit,
         "block_size",
-        f"at most max_position_embeddings x K = {limit}",
+        f"at least two patches, at most max_position_embeddings x K = {limit}",
         training.block_size,
     )
     world = World(device)
@@ -239,18 +239,18 @@ def _state(
     training: TrainingConfig, data: TokenShards, output: Path, resume: bool
 ) -> TrainingState:
     """The state to start from; a resumed run must have the settings and the data of its start."""
-    settings = json.loads(json.dumps(dataclasses.asdict(training)))  # tuples as JSON has them
+    settings, defaults = (
+        json.loads(json.dumps(dataclasses.asdict(values)))  # tuples as JSON has them
+        for values in (training, TrainingConfig())
+    )
     fingerprint = dataclasses.asdict(data.header)
     if not resume:
         return TrainingState(training=settings, data=fingerprint)
     state = TrainingState.load(output)
+    stored = defaults | state.training  # an older version had fewer
     for name in settings.keys() - FREE_SETTINGS:
-        check(
-            settings[name] == state.training.get(name),
-            name,
-            f"{state.training.get(name)} as in {output}",
-            settings[name],
-        )
+        expected = f"{stored[name]} as in {output}"
+        check(settings[name] == stored[name], name, expected, settings[name])
     for name, value in state.data.items():
         expected, got = (f"{name} {v}" for v in (f"{value} as in {output}", fingerprint.get(name)))
         check(fingerprint.get(name) == value, "data", expected, got)
@@ -260,4 +260,5 @@ def _state(
 
 def _held_out(data: TokenShards, training: TrainingConfig) -> Tensor:
     """The held-out blocks that every evaluation looks at, [blocks, block_size]."""
+    check(isinstance(data, TokenShards), "data", "TokenShards", repr(data))
     return next(data.held_out_batches(training.evaluation_blocks, training.block_size, limit=1))

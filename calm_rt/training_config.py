@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from calm_rt.losses import PRECISIONS
-from calm_rt.ops.check import check, check_int
+from calm_rt.ops.check import check, check_int, check_seed
 
 COUNTS = (  # each at least 1
     "steps",
@@ -16,6 +16,14 @@ COUNTS = (  # each at least 1
     "save_every",
     "evaluation_blocks",
     "num_targets",
+)
+NUMBERS = (
+    "learning_rate",
+    "weight_decay",
+    "clip_norm",
+    "random_tokens",
+    "minutes",
+    "target_accuracy",
 )
 SCHEDULES = ("constant", "cosine", "linear")
 # settings that a resumed run may change; the others would make it another run
@@ -61,8 +69,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in COUNTS:
             check_int(name, getattr(self, name), 1)
+        for name in NUMBERS:
+            value = getattr(self, name)
+            given = value is not None or name not in ("minutes", "target_accuracy")
+            check(not given or isinstance(value, int | float), name, "a number", repr(value))
         check_int("warmup_steps", self.warmup_steps, 0)
-        check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        check_seed(self.seed)
         check(
             0 < self.learning_rate < math.inf,
             "learning_rate",
@@ -71,7 +83,9 @@ class TrainingConfig:
         )
         check(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more", self.weight_decay)
         check(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            isinstance(self.betas, tuple | list)
+            and len(self.betas) == 2
+            and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas),
             "betas",
             "two numbers in [0, 1)",
             self.betas,

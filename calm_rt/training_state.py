@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from calm_rt import tensor_files
 from calm_rt.ops.check import check
+from calm_rt.training_config import TrainingConfig
 
 STATE = "training_state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -118,7 +119,11 @@ class TrainingState:
             path.is_file(), "resume", f"a run in {folder} (start it without resume)", f"no {STATE}"
         )
         try:
-            return cls(**json.loads(tensor_files.read_metadata(path)["state"]))
+            state = cls(**json.loads(tensor_files.read_metadata(path)["state"]))
+            unknown = sorted(state.training.keys() - TrainingConfig.__dataclass_fields__.keys())
+            if unknown:
+                raise ValueError(f"unknown settings {', '.join(unknown)}")
+            return state
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: not a training state that this version wrote ({error})"

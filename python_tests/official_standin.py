@@ -137,9 +137,14 @@ class LlamaModel(Transformer):
 class MLPGenerator(EnergyHead):
     def sample(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., L]."""
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        draws = official.sample_latents(flat, self.weights(), num_samples=1)
-        return draws.view(*hidden_states.shape[:-1], -1)
+        shape = *hidden_states.shape[:-1], self.config.noise_size
+        noise = torch.rand(shape, dtype=hidden_states.dtype, device=hidden_states.device) - 0.5
+        x = self.norm_noise(self.noise_embd(noise))
+        context = self.norm_hidden(self.hidden_embd(hidden_states))
+        for block in self.mlp_blocks:
+            gate, up = block.linears(torch.cat([block.in_ln(x), context], -1)).chunk(2, -1)
+            x = x + block.down_proj(F.silu(gate) * up)
+        return self.final_layer.linears(self.final_layer.in_ln(x))
 
 
 class CALM(nn.Module):

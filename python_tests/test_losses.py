@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from calm_rt import reference
 from calm_rt.losses import MASK_ID, autoencoder_loss, energy_loss
@@ -141,3 +142,35 @@ def test_bf16_is_near(loss_function, autoencoder, model):
     rounded.backward()
     assert exact != rounded
     torch.testing.assert_close(exact, rounded.float(), rtol=2**-6, atol=0)
+
+
+@pytest.mark.parametrize("loss_function", [autoencoder_loss, energy_loss])
+def test_losses_compile_for_all_sizes(loss_function, autoencoder, model):
+    trained = (model if loss_function is energy_loss else autoencoder).float()
+
+    def loss(ids, seed):
+        return loss_function(trained, ids, seed=seed)[0]
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(loss, dynamic=True, fullgraph=True, backend=counter)
+    for rows in range(2, 5):  # of fewer tokens than the vocabulary has
+        ids = IDS[:1].repeat(rows, 1)
+        torch.testing.assert_close(compiled(ids, torch.tensor(5)), loss(ids, 5))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("loss_function", [autoencoder_loss, energy_loss])
+def test_other_arguments_are_named(loss_function, autoencoder, model):
+    trained, other = (autoencoder, model)[:: 1 if loss_function is autoencoder_loss else -1]
+    kind = type(trained).__name__
+    for wrong in (other, torch.nn.DataParallel(trained)):
+        with pytest.raises(ValueError, match=f"model: expected of class {kind}"):
+            loss_function(wrong, IDS)
+    with pytest.raises(ValueError, match="ids: expected a tensor"):
+        loss_function(trained, IDS.tolist())
+    with pytest.raises(ValueError, match="rows: expected a tensor"):
+        loss_function(trained, IDS, rows=ROWS.tolist())
+
+
+def test_no_row_has_no_mean(model):
+    assert energy_loss(model, IDS[:0])[0].isnan()

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from calm_rt import ops
+from calm_rt.losses import energy_loss
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, EnergyHead
 
 VOCAB = 61
@@ -288,3 +289,51 @@ def test_autoencoder_must_fit(field):
     setattr(autoencoder, field, 7)
     with pytest.raises(ValueError, match=f"autoencoder_config.{field}: expected .* got 7"):
         Calm(calm, autoencoder)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_embedding_stays_one_parameter(assign, tmp_path):
+    """Made on meta and given memory, loaded under one of its names, moved."""
+    whole = Autoencoder(configs()[1])
+    with torch.device("meta"):
+        made = Autoencoder(configs()[1])
+    made.to_empty(device="cpu")
+    state = whole.state_dict()
+    for name in ("encoder.embed_tokens.weight", "decoder.lm_head_weight"):
+        made.load_state_dict({k: v for k, v in state.items() if k != name}, assign=assign)
+        assert torch.equal(made.encoder.embed_tokens.weight, whole.encoder.embed_tokens.weight)
+        assert made.double().decoder.lm_head_weight is made.encoder.embed_tokens.weight
+    made.decoder.lm_head_weight = torch.nn.Parameter(made.decoder.lm_head_weight + 1)
+    with pytest.raises(ValueError, match="lm_head_weight that is encoder"):
+        made.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Adapter(torch.nn.Module):
+    """What PEFT puts in a Linear's place."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x):
+        return 2 * self.base_layer(x)
+
+
+@pytest.mark.parametrize("where", ["generative_head.hidden_embd", "ae_model.encoder.squeeze_layer"])
+def test_an_adapter_that_an_op_would_pass_over_is_named(where):
+    changed, ids = model(), tokens(1, 3, 4)
+    layer = changed.get_submodule(where)
+    changed.set_submodule(where, Adapter(layer))
+    with pytest.raises(ValueError, match=r"model: expected Linear modules.*got Adapter"):
+        energy_loss(changed, ids)
+    changed.set_submodule(where, layer)
+    hook = layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="got Linear with hooks"):
+        energy_loss(changed, ids)
+    hook.remove()
+    before, _ = energy_loss(changed, ids)
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    torch.testing.assert_close(energy_loss(changed, ids)[0], before)
+    layer.parametrizations.weight.original0.data *= 3
+    assert energy_loss(changed, ids)[0] != before

@@ -111,6 +111,23 @@ def test_an_adapter_in_the_head_is_no_hindrance():
     assert "generate" in calm_rt.patch(model).replaced
 
 
+class Doubled(torch.nn.Linear):
+    """As an adapter: it computes something else with its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_in_an_energy_head_lets_the_official_head_draw(training):
+    model, ids = build("EnergyTransformer").train(training), token_ids()
+    model.generative_head.hidden_embd.__class__ = Doubled
+    assert "head_sampling" in calm_rt.patch(model).kept
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert loss.isfinite() and model.generative_head.hidden_embd.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("kind", ["EnergyTransformer", "FlowTransformer"])
 def test_what_needs_numbered_draws_is_left_out(kind, monkeypatch):
     """Draws that would be made again, and steps that nobody looks at."""

@@ -1,11 +1,14 @@
 """What a run may be started from, over and again: other data, earlier runs, broken first saves."""
 
 import errno
+import json
 import os
+import pickle
 import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_training import (
     SHORT,
     Letters,
@@ -18,11 +21,12 @@ from test_training import (
 )
 
 from calm_rt import checkpoint
-from calm_rt.curves import read_log
+from calm_rt.curves import LOG, read_log
 from calm_rt.data import TokenShards, write_shards
 from calm_rt.losses import autoencoder_loss, energy_loss
 from calm_rt.model_folder import copy_tokenizer
 from calm_rt.nn import Autoencoder, Calm
+from calm_rt.tensor_files import read_metadata
 from calm_rt.training import TrainingConfig, train
 from calm_rt.training_state import STATE
 
@@ -184,3 +188,51 @@ def test_a_copied_tokenizer_is_the_only_one(tmp_path):
     assert (other / "real.json").read_text() == "kept"
     copy_tokenizer(other, target)  # which has none
     assert (target / "tokenizer.json").read_text() == "new"
+
+
+def test_a_setting_that_is_refused_costs_no_run(shards, tmp_path):  # noqa: F811
+    run(shards, tmp_path, 2, calm=True)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="block_size: expected at least two patches"):
+        run(shards, tmp_path, 2, calm=True, overwrite=True, block_size=2)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def rewrite_settings(folder, change) -> None:
+    tensors, metadata = load_file(folder / STATE), read_metadata(folder / STATE)
+    state = json.loads(metadata["state"])
+    change(state["training"])
+    save_file(tensors, folder / STATE, {"state": json.dumps(state)})
+
+
+def test_runs_of_other_versions(shards, tmp_path):  # noqa: F811
+    """An older one had fewer settings, a newer one has more."""
+    run(shards, tmp_path, 2)
+    rewrite_settings(tmp_path, lambda settings: settings.pop("num_targets"))
+    run(shards, tmp_path, 4, resume=True)
+    rewrite_settings(tmp_path, lambda settings: settings.update(new_setting=1))
+    with pytest.raises(ValueError, match=r"not a training state .*unknown settings new_setting"):
+        run(shards, tmp_path, 6, resume=True)
+
+
+def test_shards_are_pickled_by_their_folder(shards, tmp_path, monkeypatch):  # noqa: F811
+    data = pickle.dumps(shards)
+    assert len(data) < 1000 < shards.num_tokens
+    monkeypatch.chdir(tmp_path)
+    assert all(
+        map(torch.equal, shards.train_batch(0, 2, 8), pickle.loads(data).train_batch(0, 2, 8))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", "1e-3"), ("minutes", "1"), ("clip_norm", None), ("betas", 0.9)],
+)
+def test_settings_that_are_no_numbers_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected "):
+        TrainingConfig(**{name: value})
+
+
+def test_the_log_ends_before_a_line_that_is_none_of_its_own(tmp_path):
+    (tmp_path / LOG).write_text('{"step": 1, "loss": 2.0}\n[3]\n{"step": 2}\n')
+    assert read_log(tmp_path) == [{"step": 1, "loss": 2.0}]

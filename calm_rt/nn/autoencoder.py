@@ -5,6 +5,7 @@ Modules hold parameters under the official names; the arithmetic is `ops.encode`
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from calm_rt import ops
 from calm_rt.nn.config import AutoencoderConfig
+from calm_rt.nn.plain import weight_of, weights_of
 from calm_rt.ops.check import check, check_patches, is_autocast_on, may_look
 from calm_rt.ops.decode import decode_hidden
 from calm_rt.ops.linear_argmax import screen_vocabulary
@@ -19,10 +21,10 @@ from calm_rt.reference import (
     DecoderWeights,
     EncoderWeights,
     FoldedEncoderWeights,
-    LinearWeights,
     MlpWeights,
 )
 
+EMBEDDING, EMBEDDING_ALIAS = "encoder.embed_tokens.weight", "decoder.lm_head_weight"
 FOLDED_TOKENS = 8192  # that go through the token layers at a time when an encoder is folded
 SAMPLED = 64  # numbers of a vocabulary, in which writes are looked for that torch does not count
 
@@ -64,7 +66,8 @@ class GatedMLP(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """gate and up [I, H], down [H, I], as `ops` take them."""
-        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        gate, up, down = (weight_of(part, nn.Linear) for part in self.children())
+        return gate, up, down
 
 
 class AutoencoderLayer(nn.Module):
@@ -77,7 +80,7 @@ class AutoencoderLayer(nn.Module):
 
     def weights(self) -> MlpWeights:
         """The parameters as `ops` take them."""
-        return MlpWeights(self.layernorm.weight, *self.mlp.weights())
+        return MlpWeights(weight_of(self.layernorm, RMSNorm), *self.mlp.weights())
 
 
 class Encoder(nn.Module):
@@ -101,14 +104,14 @@ class Encoder(nn.Module):
         layers = [layer.weights() for layer in self.encoder_layers]
         half = len(layers) // 2
         first = (
-            self.embed_tokens.weight,
+            weight_of(self.embed_tokens, nn.Embedding),
             layers[:half],
-            LinearWeights(self.squeeze_layer.weight, self.squeeze_layer.bias),
+            weights_of(self.squeeze_layer),
         )
         rest = (
             layers[half:],
-            self.norm.weight,
-            LinearWeights(self.hidden_to_latent.weight, self.hidden_to_latent.bias),
+            weight_of(self.norm, RMSNorm),
+            weights_of(self.hidden_to_latent),
         )
         if self.tables is not None and not self.is_trained():
             return FoldedEncoderWeights(self.tables, *rest)
@@ -149,11 +152,11 @@ class Decoder(nn.Module):
         layers = [layer.weights() for layer in self.decoder_layers]
         half = len(layers) // 2
         return DecoderWeights(
-            LinearWeights(self.latent_to_hidden.weight, self.latent_to_hidden.bias),
+            weights_of(self.latent_to_hidden),
             layers[:half],
-            LinearWeights(self.expand_layer.weight, self.expand_layer.bias),
+            weights_of(self.expand_layer),
             layers[half:],
-            self.norm.weight,
+            weight_of(self.norm, RMSNorm),
             self.lm_head_weight,
             self._current_screen(),
         )
@@ -181,7 +184,7 @@ class Autoencoder(nn.Module):
     """Patches to latent Gaussians, latent vectors to tokens; named as the official Autoencoder.
 
     Embedding and output projection are one parameter, which a state dict shows under both official
-    names.
+    names and takes under either; it stays one whatever is loaded or moved.
     """
 
     def __init__(self, config: AutoencoderConfig):
@@ -190,6 +193,26 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, self.encoder.embed_tokens.weight)
         init_weights(self, config.initializer_range)
+        self.register_load_state_dict_pre_hook(Autoencoder._complete)
+        self.register_load_state_dict_post_hook(Autoencoder._tie)
+
+    @staticmethod
+    def _complete(_: "Autoencoder", tensors: dict[str, Tensor], prefix: str, *__: object) -> None:
+        """A file holds the shared parameter under one of its names."""
+        names = [prefix + EMBEDDING, prefix + EMBEDDING_ALIAS]
+        for name, other in zip(names, names[::-1], strict=True):
+            if other in tensors:
+                tensors.setdefault(name, tensors[other])
+
+    @staticmethod
+    def _tie(autoencoder: "Autoencoder", _: object) -> None:
+        autoencoder.decoder.lm_head_weight = autoencoder.encoder.embed_tokens.weight
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        """As for every module; `to_empty` would leave two parameters where there was one."""
+        super()._apply(*arguments, **options)
+        self._tie(self, None)
+        return self
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and log standard deviation of every patch.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from calm_rt import ops, reference
 from calm_rt.nn.autoencoder import GatedMLP, RMSNorm, init_weights
 from calm_rt.nn.config import CalmConfig
+from calm_rt.nn.plain import is_plain
 from calm_rt.ops.check import check, check_shape, may_look
 
 ALIGNMENT = 64  # bytes, of a cache's rows: a library's bits may depend on where an operand lies
@@ -149,8 +150,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, place: Place, cache: KVCache | None) -> Tensor:
         """x: [B, P, H].  returns: [B, P, H]."""
-        both = torch.cat([self.q_proj(x), self.k_proj(x)], -1).unflatten(-1, (-1, self.head_dim))
-        num_queries = self.q_proj.out_features // self.head_dim
+        queries = self.q_proj(x)
+        num_queries = queries.shape[-1] // self.head_dim
+        both = torch.cat([queries, self.k_proj(x)], -1).unflatten(-1, (-1, self.head_dim))
         both = rotate(both, place.cos, place.sin)
         queries, keys = both[:, :, :num_queries], both[:, :, num_queries:]
         values = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -175,18 +177,6 @@ class Embedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [...] int64.  returns: [..., H]."""
         return reference.embed(ids, self.weight)
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module is `kind`'s forward on its weight and no more.
-
-    Adapters and quantisation put another class in its place, others a forward of its own, a bias,
-    or hooks; an op, which takes weights only, would pass them over.
-    """
-    hooks = module._forward_hooks, module._forward_pre_hooks
-    hooks += module._backward_hooks, module._backward_pre_hooks
-    own = any(hooks) or "forward" in vars(module) or getattr(module, "bias", None) is not None
-    return type(module) is kind and not own
 
 
 class TransformerLayer(nn.Module):

@@ -5,12 +5,9 @@ from torch import Tensor, nn
 from calm_rt import reference
 from calm_rt.nn.autoencoder import init_weights
 from calm_rt.nn.config import CalmConfig
+from calm_rt.nn.plain import weights_of
 from calm_rt.ops.check import check_shape
-from calm_rt.reference import HEAD_EPS, HeadBlock, HeadWeights, LinearWeights
-
-
-def _weights(module: nn.Linear | nn.LayerNorm) -> LinearWeights:
-    return LinearWeights(module.weight, module.bias)
+from calm_rt.reference import HEAD_EPS, HeadBlock, HeadWeights
 
 
 class EnergyHeadBlock(nn.Module):
@@ -31,7 +28,7 @@ class EnergyHeadBlock(nn.Module):
     def weights(self) -> HeadBlock:
         """The parameters as `ops` take them."""
         first, second, third = self.linears[0], self.linears[2], self.linears[4]
-        return HeadBlock(*map(_weights, (self.in_ln, first, second, third, self.down_proj)))
+        return HeadBlock(*map(weights_of, (self.in_ln, first, second, third, self.down_proj)))
 
 
 class EnergyHeadOutput(nn.Module):
@@ -73,12 +70,12 @@ class EnergyHead(nn.Module):
         """The parameters as `ops.sample_latents` takes them."""
         final = self.final_layer
         return HeadWeights(
-            noise=_weights(self.noise_embd),
-            noise_norm=_weights(self.norm_noise),
-            hidden=_weights(self.hidden_embd),
-            hidden_norm=_weights(self.norm_hidden),
+            noise=weights_of(self.noise_embd),
+            noise_norm=weights_of(self.norm_noise),
+            hidden=weights_of(self.hidden_embd),
+            hidden_norm=weights_of(self.norm_hidden),
             blocks=[block.weights() for block in self.mlp_blocks],
-            final_norm=_weights(final.in_ln),
-            final_first=_weights(final.linears[0]),
-            final_second=_weights(final.linears[2]),
+            final_norm=weights_of(final.in_ln),
+            final_first=weights_of(final.linears[0]),
+            final_second=weights_of(final.linears[2]),
         )

@@ -200,6 +200,11 @@ def check_head(weights: HeadWeights, hidden_size: int) -> None:
     check_linear("weights.final_second", weights.final_second, None, hidden_size)
 
 
+def check_seed(seed: int | Tensor) -> int:
+    """The seed, which may be a [] tensor too, as an int; raises ValueError beyond 64 bits."""
+    return check_int("seed", seed, -(2**63), MOST_INT)
+
+
 def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
     """The seed as a [] int64 tensor.
 
