@@ -14,6 +14,7 @@ from .environment import info
 __version__ = "0.1.0"
 
 _LAZY = {
+    "GenerationError": "sequence",
     "Generator": "generation",
     "brier_lm": "evaluation",
     "load": "checkpoint",

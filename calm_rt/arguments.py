@@ -124,7 +124,7 @@ def prompts_of(options: Namespace) -> list[str]:
         return _lines(_standard_input())
     path = Path(options.prompts)
     try:
-        lines = _lines(path.read_bytes().decode("utf-8"))
+        lines = _lines(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: expected UTF-8 text, got {path}: {error}") from error
     except OSError as error:
@@ -145,6 +145,7 @@ def prompts_of(options: Namespace) -> list[str]:
 
 
 def _standard_input() -> str:
+    check(sys.stdin is not None, "prompts", "a standard input", "none")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -166,6 +167,7 @@ def sizes_of(options: Namespace) -> tuple[CalmConfig, AutoencoderConfig, torch.d
         values, inner = model.config.to_dict(), model.ae_model.config.to_dict()
     elif options.config:
         values = tensor_files.read_json(options.config)
+        check("hidden_size" in values, "config", "a language model's config.json", options.config)
         inner = values.get("autoencoder", {})
     changes = given_options(options, PLAN_SIZES)
     config = CalmConfig.from_dict(values | changes)

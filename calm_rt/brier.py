@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calm_rt.data import TokenShards
-from calm_rt.ops.check import check, check_int
+from calm_rt.ops.check import check, check_int, check_seed
 
 ORDERS = 4  # n-grams of 1 to 4 tokens
 CONFIDENCE = (2.5, 97.5)  # percentiles of an interval
@@ -143,7 +143,8 @@ def windows_of(
         check(documents.patch_size == patch_size, "documents", expected, documents.patch_size)
         documents = documents.held_out_documents()
     steps = -(-ORDERS // patch_size)  # patches that an n-gram reaches over
-    fits = block_size is None or (block_size > 0 and block_size % patch_size == 0)
+    block_size = block_size if block_size is None else check_int("block_size", block_size, 1)
+    fits = block_size is None or block_size % patch_size == 0
     check(fits, "block_size", f"a positive multiple of patch_size {patch_size}", block_size)
     left = np.inf if max_patches is None else check_int("max_patches", max_patches, 1)
     windows = []
@@ -175,9 +176,9 @@ def _whole_numbers(name: str, ids: Tensor | Sequence[int] | np.ndarray) -> Tenso
         whole = array.dtype.kind in "iu" or array.size == 0
         check(whole, name, "token ids", f"{ids!r:.80}")
         return torch.from_numpy(array.astype(np.int64))
-    whole = not (ids.is_floating_point() or ids.is_complex())
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     check(whole, name, "token ids", ids.dtype)
-    return ids
+    return ids.to(torch.int64)
 
 
 def _grams(windows: list[Window], patch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +248,7 @@ def sums_by_owner(terms: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np
 
 def bootstrap(sums: np.ndarray, counts: np.ndarray, num_bootstrap: int, seed: int) -> np.ndarray:
     """Means over resampled owners: [num_bootstrap, C]."""
-    check(num_bootstrap >= 1, "num_bootstrap", "at least 1", num_bootstrap)
+    seed, num_bootstrap = check_seed(seed), check_int("num_bootstrap", num_bootstrap, 1)
     generator = np.random.default_rng(seed & 0xFFFFFFFFFFFFFFFF)
     share = np.full(len(counts), 1 / len(counts))
     if len(counts) == 1:  # says nothing about other owners

@@ -2,12 +2,13 @@
 
 Arguments stand here and in options.py, what the commands do in commands.py, which is imported when
 a command runs.
-Exit codes: 0 done, 2 an error that one line explains, 130 interrupted.
+Exit codes: 0 done, 2 an error that one line explains, 130 interrupted, 141 nobody reads on.
 """
 
 import argparse
 import errno
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -24,6 +25,7 @@ from calm_rt.options import (
 )
 
 # errors of modules that are not imported here, so that a broken one of them still gives a message
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Storage size calculation overflowed")
 EXPLAINED = {"NativeUnavailable", "OutOfMemoryError", "SafetensorError", "TrainingDiverged"}
 
 
@@ -50,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\n{name}: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read has what it wanted, as of `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         message = _explain(error)
         if message is None:
@@ -372,6 +377,8 @@ def _explain(error: Exception) -> str | None:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
     if full:
         return f"the disk is full ({text}); free some space or write elsewhere"
+    if isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY):
+        return f"not enough memory; lower num_candidates, num_draws or batch sizes ({text[:200]})"
     if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
         return f"{text}; choose a folder that you can write"
     if isinstance(error, ValueError | IndexError | OSError | ImportError | MemoryError):

@@ -149,6 +149,9 @@ def evaluate(options: Namespace) -> None:
     if options.max_patches is not None:
         check_int("max_patches", options.max_patches, 1)
     model = load_model(options.model, (Calm, Autoencoder), device)
+    for name in ("block_size", "max_patches") if isinstance(model, Autoencoder) else ():
+        got = getattr(options, name)
+        check(got is None, name, "none for an autoencoder, which is measured by document", got)
     patch_size = model.config.patch_size
     window = _window_of(options, model.config) if isinstance(model, Calm) else {}
     documents, train_tokens = documents_of(options, model.config.vocab_size, patch_size)

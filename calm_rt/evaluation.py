@@ -34,7 +34,7 @@ from calm_rt.brier import (
 )
 from calm_rt.causal_lm import Sampler, model_terms, sampler_terms
 from calm_rt.nn import Autoencoder, Calm, KVCache
-from calm_rt.ops.check import check, check_int
+from calm_rt.ops.check import check, check_int, check_seed
 from calm_rt.reference import Stream
 
 __all__ = [
@@ -110,7 +110,8 @@ def brier_lm(
     raises: ValueError for settings and documents that do not fit, or without any n-gram to score.
     source: paper section 4, official CALM.eval_brier (which uses one of the pairs).
     """
-    check(batch_size >= 1, "batch_size", "at least 1", batch_size)
+    seed, batch_size = check_seed(seed), check_int("batch_size", batch_size, 1)
+    num_bootstrap = check_int("num_bootstrap", num_bootstrap, 1)
     is_calm, draws = hasattr(model, "ae_model"), isinstance(model, Sampler)
     least = 2 if is_calm or draws else 1
     usual = 8 if least == 2 else 1
@@ -120,9 +121,12 @@ def brier_lm(
     own_size = config.patch_size if is_calm else patch_size or ORDERS
     check(patch_size in (None, own_size), "patch_size", f"the model's {own_size}", patch_size)
     longest = getattr(config, "max_position_embeddings", None)
-    if block_size is None and is_calm:
-        block_size = longest and longest * own_size
-    elif block_size is None:
+    if is_calm and longest:
+        block_size = longest * own_size if block_size is None else block_size
+        expected = f"a multiple of patch_size {own_size}, at most the model's longest"
+        fits = check_int("block_size", block_size, 1) <= longest * own_size
+        check(fits, "block_size", f"{expected} {longest * own_size}", block_size)
+    elif block_size is None and not is_calm:
         longest = min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
         block_size = max(longest // own_size, 1) * own_size
     sizes = own_size, block_size, max_patches, is_calm, getattr(config, "vocab_size", None)
@@ -193,6 +197,7 @@ def conditioning_gap(
     returns: the gap, and its 95 % interval (NaN for a single row).
     raises: ValueError for fewer than two predicted patches.
     """
+    seed, num_bootstrap = check_seed(seed), check_int("num_bootstrap", num_bootstrap, 1)
     batches = [batches] if isinstance(batches, Tensor) else batches
     device, size = _device(model), model.config.patch_size
     parts, num_rows = [], 0

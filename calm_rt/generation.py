@@ -98,6 +98,8 @@ class Generator:
         max_patches = check_int(
             "max_patches", limit if max_patches is None else max_patches, 1, limit
         )
+        meta = any(parameter.is_meta for parameter in model.parameters())
+        check(not meta, "model", "one with values", "parameters on the meta device")
         self.model = model.eval()
         if screen:
             screen_decoder(model.ae_model)
@@ -206,8 +208,13 @@ class Generator:
         raises: ValueError as `generate`, and where there are fewer than `free_slots`.
         """
         sequences = self._sequences(prompts, sequence_ids, options, self._num_prefilled)
-        if self._engine is None:
-            self._engine = self._new_engine(self.max_batch_size, self.max_patches)
+        sizes = self.max_batch_size, self.max_patches
+        if self._engine is None or not self._engine.fits(*sizes):
+            busy = (
+                [s.name for s in self._engine.sequences if not s.finished] if self._engine else []
+            )
+            check(not busy, "model", f"as it was while sequences {busy} are in progress", "another")
+            self._engine = self._new_engine(*sizes)
         self._engine.prefill(sequences)
         self._num_prefilled += len(sequences)
         return sequences

@@ -50,6 +50,10 @@ class BudgetError(RuntimeError):
         super().__init__(message)
         self.result = result
 
+    def __reduce__(self) -> tuple:
+        """As a worker process sends it."""
+        return type(self), (str(self), self.result)
+
 
 def reject(
     draws: Draws, temperature: Fraction, max_draws: int, prefix: Tensor | None = None

@@ -78,7 +78,8 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
         whole = {"machine", "limits", "rows", "sweep"} <= set(results)
-    except (OSError, ValueError, TypeError):
+        _ = [_key(row) for row in results["rows"]]
+    except (OSError, ValueError, TypeError, KeyError):
         whole = False
     check(whole, "compare", "a folder that calm-rt bench wrote", str(folder))
     return results

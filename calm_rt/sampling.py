@@ -295,7 +295,7 @@ def _sample_behind(
             f"prefix: no draw of {max_draws} begins with them in {len(rows)} of {len(matched)} "
             f"contexts with known tokens, with row ids {_some(rows)}; they are put over another "
             "patch",
-            stacklevel=4,
+            stacklevel=5,
         )
     patches = torch.where(prefix < 0, choice.patches, prefix)
     slots = known.slots + choice.slots

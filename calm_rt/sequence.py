@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from calm_rt.data import TextStream, Tokenizer
 from calm_rt.nn import CalmConfig
-from calm_rt.ops.check import check, check_int
+from calm_rt.ops.check import check, check_int, check_seed
 from calm_rt.sampling import MAX_DRAWS, parse_temperature
 
 PROMPTS = ("align", "constrain")
@@ -49,7 +49,9 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 0), ("num_candidates", 1), ("max_draws", 1)):
             object.__setattr__(self, name, check_int(name, getattr(self, name), least))
-        object.__setattr__(self, "seed", check_int("seed", self.seed, -(2**63), 2**63 - 1))
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        temperature = parse_temperature(self.temperature, self.method)
+        object.__setattr__(self, "temperature", temperature)
         stop, expected = self.stop, "a list of texts or lists of token ids"
         check(not isinstance(stop, str), "stop", expected, f"one text (write [{stop!r}])")
         check(isinstance(stop, Iterable), "stop", expected, repr(stop))
@@ -58,6 +60,8 @@ class GenerationOptions:
         check(listed, "stop", expected, repr(stop))
         stop = [s if isinstance(s, str) else [check_int("stop", i, 0) for i in s] for s in stop]
         check(all(stop), "stop", "texts and lists that are not empty", stop)
+        for text in (one for one in stop if isinstance(one, str)):
+            _check_text("stop", text)
         object.__setattr__(self, "stop", stop)
         check(self.prompt in PROMPTS, "prompt", f"one of {', '.join(PROMPTS)}", self.prompt)
 
@@ -96,6 +100,10 @@ class GenerationError(ValueError):
     def __init__(self, message: str, generations: Sequence[Generation]) -> None:
         super().__init__(message)
         self.generations = list(generations)
+
+    def __reduce__(self) -> tuple:
+        """As a worker process sends it."""
+        return type(self), (str(self), self.generations)
 
 
 class TokenSequence:
@@ -187,6 +195,7 @@ class TokenSequence:
 
         patch: [K], beginning with the known tokens.  Others: see `PatchSample`.
         """
+        self.error = "an exception came while its last patch was taken"  # until it is whole
         known = len(self.known)
         self.steps, self.last_patch, self.unread = self.steps + 1, patch, True
         self._count(draws, slots, trials, calls, spared, None if known else self._pool)
@@ -205,7 +214,7 @@ class TokenSequence:
                     self._text, self._ended = self._text[: self._lengths[-len(stop)]], True
             if self._ended:
                 break
-        self._seconds = time.perf_counter() - self._start
+        self._seconds, self.error = time.perf_counter() - self._start, None
 
     def fail(
         self,
@@ -277,18 +286,24 @@ def start_id(config: CalmConfig) -> int | None:
     return config.eos_token_id if config.bos_token_id is None else config.bos_token_id
 
 
+def _check_text(name: str, text: str) -> None:
+    """Raises ValueError for halves of characters: bytes of the command line that are no UTF-8, half
+    a pair in JSON."""
+    halves = any("\ud800" <= character <= "\udfff" for character in text)
+    check(not halves, name, "text of whole characters", ascii(text[:80]))
+
+
 def _token_ids(
     prompt: str | Sequence[int], config: CalmConfig, tokenizer: Tokenizer | None
 ) -> list[int]:
     if isinstance(prompt, str):
         known = tokenizer is not None
         check(known, "prompts", "token ids, for there is no tokenizer", "a text")
-        # bytes of the command line that are no UTF-8, half a pair in JSON
-        halves = any("\ud800" <= character <= "\udfff" for character in prompt)
-        check(not halves, "prompts", "text of whole characters", ascii(prompt[:80]))
+        _check_text("prompts", prompt)
         prompt = tokenizer.encode(prompt)
     expected = "texts or lists of token ids"
     listed = isinstance(prompt, Iterable) and not isinstance(prompt, bytes)
+    listed = listed and getattr(prompt, "ndim", 1) == 1
     check(listed, "prompts", expected, f"{prompt!r} for one of them")
     ids = []
     for token in prompt:

@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import torch
 from small_runs import lines_of, output_of
 
 from calm_rt import checkpoint, cli
 from calm_rt.data import load_tokenizer
+from calm_rt.generation import Generator
 from calm_rt.sequence import TokenSequence
 
 
@@ -130,3 +133,22 @@ def test_steps_per_read(folder, capsys, fails):
     several = lines_of(capsys, *command, "--json", "--steps-per-read", 3)
     assert [line["ids"] for line in several] == [line["ids"] for line in single]
     fails([*command, "--steps-per-read", 0], "steps_per_read: expected at least 1, got 0")
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    """As of `calm-rt info | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "calm_rt", "info"]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_no_memory_is_explained(folder, capsys, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Generator, "results", full)
+    assert cli.main(["generate", "--model", str(folder / "calm"), "--prompt", "a"]) == 2
+    assert "not enough memory; lower num_candidates" in capsys.readouterr().err

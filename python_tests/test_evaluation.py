@@ -348,3 +348,21 @@ def test_bad_input():
     ]:
         with pytest.raises(ValueError, match=f"{argument}: expected at least"):
             function()
+
+
+def test_settings_are_checked_before_the_work():
+    model, ids = Chain(4), torch.zeros(1, 16, dtype=torch.int64)
+    same = [brier_lm(model, ids, seed=s) for s in (3, np.int64(3), torch.tensor(3))]
+    assert {result.score for result in same} == {same[0].score}
+    assert brier_lm(model, ids.int(), seed=3).score == same[0].score
+    model.sample = None
+    for name, value in (("num_bootstrap", 0), ("batch_size", 2.5), ("seed", 2**64)):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            brier_lm(model, ids, **{name: value})
+    longest = model.config.max_position_embeddings * 4
+    with pytest.raises(
+        ValueError, match=f"block_size: expected .* at most the model's .*{longest}"
+    ):
+        brier_lm(model, ids, block_size=longest + 4)
+    with pytest.raises(ValueError, match=r"documents\[0\]: expected token ids, got torch.bool"):
+        brier_lm(model, ids.bool())

@@ -1,12 +1,15 @@
 """Ways to call a Generator: modes of torch, interruptions, iterators, types, vocabularies."""
 
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from test_generation import Bytes, build_model
 
 from calm_rt import replay
 from calm_rt.evaluation import brier_lm
-from calm_rt.generation import Generator
+from calm_rt.generation import GenerationError, Generator
 from calm_rt.nn import screen_decoder
 
 
@@ -153,3 +156,60 @@ def test_a_language_model_is_evaluated_without_dropout():
     in_training = brier_lm(model, documents)
     assert model.training and model[1].training
     assert in_training.brier == brier_lm(model.eval(), documents).brier
+
+
+def test_a_loop_goes_on_with_a_model_of_another_type():
+    changed = build_model()
+    generator = Generator(changed, max_batch_size=1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        changed.to(dtype)
+        [sequence] = generator.prefill([[1, 2, 3]], max_new_tokens=6)
+        while not sequence.finished:
+            generator.step()
+        assert len(generator.release(sequence).ids) == 6
+    generator.prefill([[1, 2, 3]], max_new_tokens=6)
+    changed.to(torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"model: expected as it was while sequences .* in progress"
+    ):
+        generator.prefill([[1, 2, 3]], max_new_tokens=6)
+
+
+def test_an_error_comes_back_from_another_process_with_its_texts(model):
+    with pytest.raises(GenerationError) as caught:
+        exact = {"method": "exact", "temperature": 0.1, "max_draws": 1}
+        Generator(model).generate([[1]], max_new_tokens=6, **exact)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value) and again.generations == caught.value.generations
+
+
+class Interrupted(Bytes):
+    """Ctrl-C while the tokens of a patch become text."""
+
+    def stream(self):
+        return self
+
+    def step(self, token):
+        raise KeyboardInterrupt
+
+
+def test_a_patch_that_was_not_taken_whole_ends_its_sequence(model):
+    generator = Generator(model, Interrupted())
+    [sequence] = generator.prefill([[]], max_new_tokens=20)
+    with pytest.raises(KeyboardInterrupt):
+        generator.step()
+    assert sequence.finished and "exception" in sequence.result().error
+    assert generator.step() == []
+
+
+def test_odd_arguments_are_taken_or_named(model):
+    generator = Generator(model)
+    expected = ids_of(generator, temperature=0.5)
+    assert ids_of(generator, temperature=np.array(0.5)) == expected
+    assert ids_of(generator, temperature="1/2", seed=torch.tensor(0)) == expected
+    with pytest.raises(ValueError, match="prompts: expected texts or lists of token ids"):
+        generator.generate(torch.tensor([5, 6]), max_new_tokens=2)
+    with pytest.raises(ValueError, match="stop: expected text of whole characters"):
+        generator.generate([[1]], max_new_tokens=2, stop=["\udcff"])
+    with pytest.raises(ValueError, match=r"model: expected one with values, got .*meta"):
+        Generator(build_model().to("meta"))
