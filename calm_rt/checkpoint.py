@@ -95,10 +95,8 @@ def save(
     tensors, inner = model.state_dict(), None
     kind = ENERGY if isinstance(model, Calm) else "Autoencoder"
     for name in [name for name in tensors if name.endswith(EMBEDDING_ALIAS)]:
-        embedding, alias = (
-            tensors[name.removesuffix(EMBEDDING_ALIAS) + EMBEDDING],
-            tensors.pop(name),
-        )
+        alias = tensors.pop(name)
+        embedding = tensors[name.removesuffix(EMBEDDING_ALIAS) + EMBEDDING]
         one = embedding.data_ptr() == alias.data_ptr() or torch.equal(embedding, alias)
         check(one, "model", f"{name} that is {EMBEDDING}", "another tensor, which no layout holds")
     values = {"architectures": [kind], **model.config.to_dict()}

@@ -24,8 +24,9 @@ from calm_rt.options import (
     TRAINING_OPTIONS,
 )
 
-# errors of modules that are not imported here, so that a broken one of them still gives a message
+# in errors of torch and of the extension that no class tells from others
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Storage size calculation overflowed")
+# errors of modules that are not imported here, so that a broken one of them still gives a message
 EXPLAINED = {"NativeUnavailable", "OutOfMemoryError", "SafetensorError", "TrainingDiverged"}
 
 

@@ -43,7 +43,7 @@ def finite(value: Any) -> Any:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a folder's log; from a line on that a crash cut off none."""
+    """The lines of a folder's log, up to one that is damaged, say cut off by a crash."""
     path = folder / LOG
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from numbers import Real
 
 from calm_rt.losses import PRECISIONS
 from calm_rt.ops.check import check, check_int, check_seed
@@ -72,7 +73,7 @@ class TrainingConfig:
         for name in NUMBERS:
             value = getattr(self, name)
             given = value is not None or name not in ("minutes", "target_accuracy")
-            check(not given or isinstance(value, int | float), name, "a number", repr(value))
+            check(not given or isinstance(value, Real), name, "a number", repr(value))
         check_int("warmup_steps", self.warmup_steps, 0)
         check_seed(self.seed)
         check(
@@ -85,7 +86,7 @@ class TrainingConfig:
         check(
             isinstance(self.betas, tuple | list)
             and len(self.betas) == 2
-            and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas),
+            and all(isinstance(beta, Real) and 0 <= beta < 1 for beta in self.betas),
             "betas",
             "two numbers in [0, 1)",
             self.betas,
