@@ -145,6 +145,23 @@ def test_norms_of_any_type_beside_products_of_another(make) -> None:
         torch.testing.assert_close(native, tuple(part.to(dtype) for part in expected))
 
 
+@pytest.mark.parametrize("op", ["encode", "decode", "sample_latents"])
+def test_weights_of_another_kind_are_named(op: str) -> None:
+    arguments = next(case for case in CASES if case.op == op and not case.benchmark).make()
+    for wrong in (torch.nn.Linear(3, 3), list(arguments["weights"]), None):
+        with pytest.raises(
+            ValueError, match=rf"weights: expected \w+Weights.*got {type(wrong).__name__}"
+        ):
+            getattr(ops, op)(**{**arguments, "weights": wrong})
+
+
+def test_a_map_without_bias_is_named() -> None:
+    arguments = inputs.decode(5, 9, 8, 12, 3, 2)
+    bare = arguments["weights"].expand._replace(bias=None)
+    with pytest.raises(ValueError, match=r"weights.expand.bias: expected a tensor, got None"):
+        ops.decode(arguments["latents"], arguments["weights"]._replace(expand=bare))
+
+
 def test_folded_weights_under_autocast() -> None:
     arguments = inputs.folded_encode(4, 31, 8, 12, 3, 2)
     exact = torch.stack(reference.encode(**arguments, eps=1e-6))

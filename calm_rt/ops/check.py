@@ -130,8 +130,8 @@ def check_linear(
 ) -> None:
     """Raises ValueError unless the map takes `inputs` to `outputs` features; None is any."""
     weight, bias = weights
-    if weight.shape == (outputs, inputs) and bias.shape == (outputs,):  # spares making names
-        return
+    if bias is not None and weight.shape == (outputs, inputs) and bias.shape == (outputs,):
+        return  # spares making names
     check_shape(f"{name}.weight", weight, out=outputs, **{"in": inputs})
     check_shape(f"{name}.bias", bias, out=weight.shape[0])
 
@@ -144,8 +144,16 @@ def check_mlp(name: str, weights: MlpWeights, hidden_size: int) -> None:
     check_shape(f"{name}.down", weights.down, H=hidden_size, I=weights.gate.shape[0])
 
 
+def _check_kind(weights: object, *kinds: type) -> None:
+    """Raises ValueError unless the weights are of one of these classes."""
+    if not isinstance(weights, kinds):
+        expected = f"{' or '.join(kind.__name__ for kind in kinds)} (a module's weights())"
+        check(False, "weights", expected, type(weights).__name__)
+
+
 def check_encoder(weights: EncoderWeights | FoldedEncoderWeights, patch_size: int) -> None:
     """Raises ValueError unless these are an encoder's weights for `patch_size` tokens."""
+    _check_kind(weights, EncoderWeights, FoldedEncoderWeights)
     check(patch_size >= 1, "ids", "at least one token a patch", patch_size)
     if isinstance(weights, FoldedEncoderWeights):
         check_shape("weights.tables", weights.tables, K=patch_size, V=None, H=None)
@@ -166,6 +174,7 @@ def check_encoder(weights: EncoderWeights | FoldedEncoderWeights, patch_size: in
 
 def check_decoder(weights: DecoderWeights, latent_size: int) -> None:
     """Raises ValueError unless these are a decoder's weights for `latent_size` numbers."""
+    _check_kind(weights, DecoderWeights)
     check_shape("weights.vocabulary", weights.vocabulary, V=None, H=None)
     some = weights.vocabulary.numel() > 0
     check(some, "weights.vocabulary", "V and H of 1 or more", list(weights.vocabulary.shape))
@@ -183,6 +192,7 @@ def check_decoder(weights: DecoderWeights, latent_size: int) -> None:
 
 def check_head(weights: HeadWeights, hidden_size: int) -> None:
     """Raises ValueError unless these are an energy head's weights for `hidden_size` features."""
+    _check_kind(weights, HeadWeights)
     check_linear("weights.noise", weights.noise, hidden_size, None)
     check_linear("weights.hidden", weights.hidden, hidden_size, hidden_size)
     for name in ("noise_norm", "hidden_norm", "final_norm"):
