@@ -15,7 +15,7 @@ from calm_rt.nn import Calm, KVCache
 from calm_rt.ops.check import check
 from calm_rt.rejection import BudgetError
 from calm_rt.replay import Steps
-from calm_rt.sampling import parse_temperature, sample_patches
+from calm_rt.sampling import sample_patches
 from calm_rt.sequence import Sampling, TokenSequence
 
 PREFILL_CHUNK = 1024  # patches: their activations take less than the weights of any usual backbone
@@ -145,7 +145,7 @@ class Engine:
         last = self._tensor([sequence.last_patch for sequence in sequences])
         rows = self._tensor([sequence.name << 32 | sequence.steps for sequence in sequences])
         drawn = steps.run(last, rows, seed, min(self.steps_per_read, longest))
-        one = parse_temperature(sampling.temperature) == 1
+        one = sampling.temperature == 1
         draws, extended = 1 if one else sampling.num_candidates, set()
         for step in drawn.tolist():
             for sequence, (*patch, finite, taken) in zip(sequences, step, strict=True):

@@ -150,7 +150,7 @@ class TokenSequence:
         self._ended = False  # by EOS or a stop
         self._start, self._seconds = 0.0, 0.0
         self._draws, self._slots, self._full, self._exact = 0, 0, 0, True
-        pools = self.sampling.method == "pool" and parse_temperature(self.sampling.temperature) != 1
+        pools = self.sampling.method == "pool" and self.sampling.temperature != 1
         self._pool = self.sampling.num_candidates if pools else None  # draws of a free patch
         self._matched = True
         self._accepted, self._trials, self._calls, self._spared = 0, 0, 0, 0

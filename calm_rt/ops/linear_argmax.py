@@ -34,8 +34,8 @@ def linear_argmax(
     count: [] int64 on hidden's device: only the first so many rows are wanted, the others get
         -1, without a look by the host. Kernels spare them, but for the library's products on a GPU
         (H no multiple of 8). None for all.
-    returns: [R] int64; no gradient. The kernel's scores are sums in double of exact products, on
-        every device; the reference's are products rounded to the inputs' type.
+    returns: [R] int64; no gradient. The kernel's scores are sums in double of products that are
+        exact but for float64, on every device; the reference's are rounded to the inputs' type.
     Memory: no [R, V] logits; on the CPU no score at all, [R, H] of 8-bit numbers; on a GPU one
         bound for each 64 entries where H is a multiple of 8, otherwise a block of scores.
     Raises ValueError for other shapes, types or devices.
