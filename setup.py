@@ -18,10 +18,15 @@ PURE = os.environ.get("CALM_RT_PURE") == "1"
 
 class CMakeBuild(build_ext):
     def run(self):
-        if shutil.which(os.environ.get("CXX", "c++")) is None:
-            return print(
-                "calm_rt: no C++ compiler, installing the pure-Python package", file=sys.stderr
-            )
+        cuda = os.environ.get("CALM_RT_CUDA", "AUTO")
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]  # may have flags or a launcher
+        if shutil.which(compiler[0]) is None:
+            if cuda == "ON":
+                sys.exit(f"calm_rt: CALM_RT_CUDA=ON, but there is no C++ compiler {compiler[0]}")
+            print("calm_rt: no C++ compiler, installing the pure-Python package", file=sys.stderr)
+            return
+        if missing := [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]:
+            sys.exit(f"calm_rt: building needs {' and '.join(missing)}: pip install cmake ninja")
         build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         target = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
         git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -36,7 +41,7 @@ class CMakeBuild(build_ext):
                 "ninja"
             ),  # a path cached by an isolated build is gone the next time
             "Python_EXECUTABLE": sys.executable,
-            "CALM_RT_CUDA": os.environ.get("CALM_RT_CUDA", "AUTO"),
+            "CALM_RT_CUDA": cuda,
             "CALM_RT_COMMIT": commit or "unknown",
         }
         flags = [f"-D{key}={value}" for key, value in options.items()] + shlex.split(

@@ -34,6 +34,7 @@ from calm_rt.model_folder import (
 )
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm
 from calm_rt.nn.autoencoder import EMBEDDING, EMBEDDING_ALIAS
+from calm_rt.nn.plain import uncompiled
 from calm_rt.ops.check import check
 from calm_rt.options import LAYOUTS
 from calm_rt.tensor_files import write_json, write_shards, write_torch
@@ -87,7 +88,7 @@ def save(
     raises: ValueError for a layout that is none, a vocabulary of the decoder that is not the
         encoder's, and a folder in which other files of tensors would be read in place of these.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = uncompiled(model)
     kinds = isinstance(model, Autoencoder | Calm)
     check(kinds, "model", "an Autoencoder or a Calm", type(model).__name__)
     folder = Path(path)

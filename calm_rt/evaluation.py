@@ -34,6 +34,7 @@ from calm_rt.brier import (
 )
 from calm_rt.causal_lm import Sampler, model_terms, sampler_terms
 from calm_rt.nn import Autoencoder, Calm, KVCache
+from calm_rt.nn.plain import uncompiled
 from calm_rt.ops.check import check, check_int, check_seed
 from calm_rt.reference import Stream
 
@@ -113,6 +114,11 @@ def brier_lm(
     seed, batch_size = check_seed(seed), check_int("batch_size", batch_size, 1)
     num_bootstrap = check_int("num_bootstrap", num_bootstrap, 1)
     is_calm, draws = hasattr(model, "ae_model"), isinstance(model, Sampler)
+    inner = uncompiled(model)
+    official = is_calm and not hasattr(inner, "hidden_states")
+    kinds = "a Calm (of calm_rt.load; an official model has eval_brier) or what gives logits"
+    unfit = official or isinstance(inner, Autoencoder)
+    check(not unfit, "model", kinds, f"another {type(inner).__name__}")
     least = 2 if is_calm or draws else 1
     usual = 8 if least == 2 else 1
     num_draws = check_int("num_draws", usual if num_draws is None else num_draws, least)

@@ -12,6 +12,7 @@ import torch
 from calm_rt.data import Tokenizer
 from calm_rt.engine import PREFILL_CHUNK, Engine
 from calm_rt.nn import Calm, screen_decoder
+from calm_rt.nn.plain import uncompiled
 from calm_rt.ops.check import check, check_int
 from calm_rt.sampling import MAX_DRAWS, sample_patches
 from calm_rt.sequence import (
@@ -27,6 +28,7 @@ __all__ = ["Generation", "GenerationError", "Generator"]
 
 MAX_BATCH_SIZE = 32
 STEPS_PER_READ = {"cpu": 1, "cuda": 8}
+NEEDED_OF_TOKENIZERS = ("encode", "stream", "vocab_size", "eos_id")
 WHOLE_PATCHES = 64  # to which a cache is rounded up that is kept for the next call
 
 Prompt = str | Sequence[int]
@@ -74,8 +76,10 @@ class Generator:
             without a look by the host, and a sequence that ends in between wastes what is left of
             them. Above 1 the cache and the graphs of a call stay for the next. batch_invariant
             takes single steps, whatever is given.
-        raises: ValueError for a model or tokenizer that does not fit.
+        raises: ValueError for a model or tokenizer that does not fit, and for weights of the head
+            or the decoder that are NaN or inf, which would give a token all the same.
         """
+        model = uncompiled(model)
         kind = "a Calm (a language model, not an autoencoder)"
         check(isinstance(model, Calm), "model", kind, type(model).__name__)
         config = model.config
@@ -83,8 +87,10 @@ class Generator:
             steps_per_read = STEPS_PER_READ.get(model.transformer.norm.weight.device.type, 1)
         steps_per_read = check_int("steps_per_read", steps_per_read, 1)
         if tokenizer is not None:
-            kind = "one of load_tokenizer, or with its methods"
-            check(hasattr(tokenizer, "stream"), "tokenizer", kind, type(tokenizer).__name__)
+            missing = [name for name in NEEDED_OF_TOKENIZERS if not hasattr(tokenizer, name)]
+            kind = f"one of load_tokenizer, or with its {', '.join(NEEDED_OF_TOKENIZERS)}"
+            got = f"{type(tokenizer).__name__} without {', '.join(missing)}"
+            check(not missing, "tokenizer", kind, got)
             fits = f"the model's {config.vocab_size} tokens (use the tokenizer it was trained with)"
             check(
                 tokenizer.vocab_size <= config.vocab_size, "tokenizer", fits, tokenizer.vocab_size
@@ -100,6 +106,7 @@ class Generator:
         )
         meta = any(parameter.is_meta for parameter in model.parameters())
         check(not meta, "model", "one with values", "parameters on the meta device")
+        _check_finite(model)
         self.model = model.eval()
         if screen:
             screen_decoder(model.ae_model)
@@ -344,6 +351,14 @@ class Generator:
         self._give_back(engine)
         if sequence.error:
             raise GenerationError(sequence.error, [sequence.result()])
+
+
+def _check_finite(model: Calm) -> None:
+    """Of what hidden states do not show, where each step looks for NaN and inf."""
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if name.startswith(("generative_head.", "ae_model.decoder.")):
+            bounds = torch.stack(weight.detach().aminmax())
+            check(bool(bounds.isfinite().all()), "model", "finite weights", f"NaN or inf in {name}")
 
 
 def _all_errors(errors: Sequence[str]) -> str:

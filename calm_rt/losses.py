@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from calm_rt import ops
 from calm_rt.nn import Autoencoder, Calm
-from calm_rt.ops.check import check, check_tensor
+from calm_rt.nn.plain import uncompiled
+from calm_rt.ops.check import check, check_patches, check_tensor
 from calm_rt.reference import Stream
 
 # of a masked token, as in the official code; in our vocabularies the unused unknown token
@@ -39,7 +40,8 @@ def autoencoder_loss(
     precision: str | None = None,
     random_tokens: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """K cross-entropy + kl_weight KL, with masked tokens and dropout on the latent vector.
+    """K cross-entropy + kl_weight KL; in training mode with masked tokens and dropout on the latent
+    vector, of which `model.eval()` leaves the sample of the posterior.
 
     ids: [B, P K] int64.  rows: [B P] int64, row ids of the patches; None for 0, 1, ....
     precision: "fp32" or "bf16" (autocast); None for the caller's torch.autocast, or none.
@@ -54,7 +56,7 @@ def autoencoder_loss(
     config = model.config
     check(0 <= random_tokens <= 1, "random_tokens", "a share in [0, 1]", random_tokens)
     patches, rows = _patches(ids, config.patch_size, rows)
-    p = config.ae_dropout
+    p = config.ae_dropout if model.training else 0.0
     with autocast(precision, ids.device):
         options = {"seed": seed, "stream": Stream.TOKEN_MASK, "distribution": "uniform"}
         u, chosen, token = ops.noise(rows, 3, config.patch_size, **options)  # [R, K] each
@@ -90,8 +92,8 @@ def energy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-mean energy score of config.num_samples draws of every next patch, against its posterior.
 
-    The posterior is the frozen autoencoder's, always in float32: targets are the same in training
-    and evaluation.
+    The posterior is the autoencoder's, without a gradient and in its own type whatever autocast
+    says: targets are the same in training and evaluation.
     ids: [B, P K] int64, P >= 2; the first patch is context only.
     rows: [B P] int64, row ids of the patches; None for 0, 1, ....
     precision: as of autoencoder_loss.
@@ -106,7 +108,7 @@ def energy_loss(
     enough = f"at least two patches of {patch_size} tokens a row"
     check(ids.shape[1] >= 2 * patch_size, "ids", enough, ids.shape[1])
     rows = rows.view(ids.shape[0], ids.shape[1] // patch_size)[:, 1:].flatten()
-    with torch.no_grad():
+    with torch.no_grad(), autocast("fp32", ids.device):
         mean, log_std = model.ae_model.encode(ids[:, patch_size:])  # [B, P - 1, L] each
     with autocast(precision, ids.device):
         hidden = model.hidden_states(ids[:, :-patch_size]).flatten(0, 1)
@@ -128,16 +130,15 @@ def energy_loss(
 
 
 def _check_model(model: nn.Module, kind: type[nn.Module]) -> None:
-    inner = getattr(model, "_orig_mod", model)  # of torch.compile
-    expected = f"of class {kind.__name__} (a wrapper's .module; examples/small_calm.py shows DDP)"
+    inner = uncompiled(model)
+    wrapped = "for DDP and FSDP wrap a module whose forward is this loss: examples/small_calm.py"
+    expected = f"of class {kind.__name__} ({wrapped})"
     check(isinstance(inner, kind), "model", expected, type(model).__name__)
 
 
 def _patches(ids: Tensor, patch_size: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     """ids [B, P K] as patches [R, K], and their row ids [R]."""
-    check_tensor("ids", ids)
-    whole = ids.dim() == 2 and ids.shape[1] % patch_size == 0
-    check(whole, "ids", f"[B, P x {patch_size}], whole patches", list(ids.shape))
+    check_patches("ids", ids, patch_size)
     patches = ids.reshape(-1, patch_size)
     if rows is None:
         rows = torch.arange(len(patches), device=ids.device)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, EnergyHead
+from calm_rt.nn.plain import has_hooks
 from calm_rt.ops.check import check
 
 AUTOENCODER, ENERGY = "Autoencoder", "EnergyTransformer"
@@ -137,18 +138,17 @@ def view_of_model(official: nn.Module, own_head: bool) -> Calm:
 def current(view: nn.Module) -> nn.Module:
     """The view, to be used now; compiled code does not look at what it shows.
 
-    raises: ValueError where an official submodule is another than when the view was made.
+    raises: ValueError where an official submodule is another than when the view was made, or has
+        hooks now, which nobody would call.
     """
     if not torch.compiler.is_compiling():
-        replaced = [
-            path
-            for modules, name, module, path in view.seen
-            if modules.get(name) is not module
-            and getattr(modules.get(name), "_orig_mod", None) is not module  # compiled: the same
-        ]
-        got = f"another {', '.join(replaced[:1])}, which was replaced since patch"
-        wanted = "the submodules that patch saw"
-        check(not replaced, "model", wanted, f"{got}; unpatch and patch again")
+        for modules, name, module, path in view.seen:
+            now = modules.get(name)
+            same = now is module or getattr(now, "_orig_mod", None) is module  # compiled: the same
+            got = f"another {path}, which was replaced since patch; unpatch and patch again"
+            check(same, "model", "the submodules that patch saw", got)
+            got = f"{path} with some, registered since patch; unpatch and patch again"
+            check(not has_hooks(module), "model", "submodules without hooks", got)
     return view
 
 
@@ -211,11 +211,14 @@ def _share(
         expected = "no such parameter" if shape is None else f"shape {shape}"
         check(shape == other, name, expected, "none" if other is None else f"shape {other}")
     for inner, module in view.named_modules():
+        source = official.get_submodule(inner)
+        if inner:  # the view's own forward is called by nobody
+            check(not has_hooks(source), inner, "a module without hooks", "some")
         if not module._parameters:
             continue
-        source = official.get_submodule(inner)
         known = [kind.forward for kind in STANDARD if isinstance(module, kind)]
         plain = not known or type(source).forward in (type(module).forward, *known)
+        plain &= not (known and "forward" in vars(source))
         check(plain, inner, f"a plain {type(module).__name__}", type(source).__name__)
         module._parameters = source._parameters
     view.seen = _submodules(model, path, without)
@@ -241,8 +244,5 @@ def _shapes(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, list[
 
 
 def _config(official: nn.Module) -> dict[str, Any]:
-    return _as_dict(official.config)
-
-
-def _as_dict(config: Any) -> dict[str, Any]:
+    config = official.config
     return config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))

@@ -68,6 +68,12 @@ def test_a_trained_encoder_is_not_folded() -> None:
     autoencoder = folded().requires_grad_(True)  # trains again
     autoencoder.encode(IDS)[0].sum().backward()
     assert autoencoder.encoder.embed_tokens.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        autoencoder.encoder.squeeze_layer.weight.mul_(2)
+    expected = frozen()
+    expected.load_state_dict(autoencoder.state_dict())
+    again = autoencoder.requires_grad_(False)  # the tables would be those from before
+    assert all(map(torch.equal, again.encode(IDS), expected.encode(IDS)))
 
 
 def test_folded_weights_get_no_gradient() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from official_standin import build
 from safetensors.torch import load_file
 from test_data import Characters
 from torch import nn
@@ -21,7 +22,7 @@ from calm_rt.evaluation import (
     reconstruction_accuracy,
     unigram_brier,
 )
-from calm_rt.nn import AutoencoderConfig, Calm, CalmConfig
+from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.reference import Stream
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "official_k4"
@@ -316,6 +317,15 @@ def test_conditioning_gap():
 
 
 # ---- bad input ----
+
+
+@pytest.mark.parametrize("kind", ["EnergyTransformer", "Autoencoder"])
+def test_what_is_no_language_model_of_ours_is_named(kind):
+    model, ids = build(kind), [[5] * 16]
+    if kind == "Autoencoder":
+        model = Autoencoder(AutoencoderConfig(vocab_size=9, hidden_size=8, intermediate_size=8))
+    with pytest.raises(ValueError, match=f"model: expected a Calm .*got another {kind}"):
+        brier_lm(model, ids)
 
 
 def test_bad_input():

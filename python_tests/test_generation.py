@@ -1,6 +1,7 @@
 """Generation against a loop without a cache, and its handling of prompts, ends and text."""
 
 import codecs
+import math
 from pathlib import Path
 
 import numpy as np
@@ -348,11 +349,33 @@ def test_foreign_models_and_tokenizers(model):
     Generator(build_model(eos_token_id=None), Bytes())
 
 
+def test_a_compiled_model_is_its_module(model):
+    [expected] = Generator(model).generate([[1]], max_new_tokens=4)
+    [result] = Generator(torch.compile(model)).generate([[1]], max_new_tokens=4)
+    assert result.ids == expected.ids
+
+
+def test_what_a_tokenizer_lacks_is_named(model):
+    with pytest.raises(ValueError, match=r"tokenizer: .*got str without stream, vocab_size"):
+        Generator(model, "tokenizer.model")
+
+
 def test_damaged_weights_are_reported():
     damaged = build_model()
     damaged.transformer.norm.weight.data[3] = torch.nan
     with pytest.raises(GenerationError, match=r"sequence 0, step 0: .* NaN or inf .*1 more"):
         Generator(damaged).generate([[1], [2]], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "name", ["generative_head.mlp_blocks.0.in_ln.bias", "ae_model.decoder.lm_head_weight"]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_damaged_weights_behind_the_hidden_states_are_reported(name, value):
+    damaged = build_model()
+    damaged.get_parameter(name).data.flatten()[1] = value
+    with pytest.raises(ValueError, match=f"model: expected finite .*NaN or inf in {name}"):
+        Generator(damaged)
 
 
 def test_a_stream_ends_with_the_error_behind_its_text(scripted, monkeypatch):

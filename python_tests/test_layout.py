@@ -1,5 +1,6 @@
 """The tree is complete: an op that exists somewhere exists everywhere; files keep their shape."""
 
+import ast
 import inspect
 import re
 import subprocess
@@ -82,30 +83,68 @@ def test_files_keep_their_shape(path: Path) -> None:
         assert layer.startswith(("csrc/kernels/cuda/primitives", "csrc/simulator/"))
 
 
+LAYERS = [  # a module imports of its own line and of those above
+    "reference atomic options torch_archive",
+    "ops _native official magnitudes costs tensor_files figures library threads curves",
+    "nn host hub documents shuffle environment inputs testing",
+    "tokenizer data model_folder draws branches official_losses",
+    "checkpoint tuples brier causal_lm losses benchmark",
+    "pool report scaling training_config",
+    "matches rejection evaluation training_state",
+    "sampling training_loop",
+    "sequence planted training",
+    "replay",
+    "engine",
+    "generation",
+    "planning quickstart official_models official_bugs patched patching arguments",
+    "steps commands",
+    "cli",
+    "__init__ __main__",
+]
+UPWARD = {("nn", "checkpoint")}  # inside of methods save(), for those who look there
+IMPORT_NATIVE = {"ops", "environment", "benchmark", "__init__"}  # what runs, what is here, backend
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules and folders of calm_rt that a file of it imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = node.module.split(".") if node.module else []
+            parts = ["calm_rt", *parts] if node.level else parts
+            names = [".".join([*parts, alias.name]) for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("calm_rt.")}
+    return found
+
+
 @needs_checkout
 def test_imports_go_one_way() -> None:
     """reference <- ops <- nn <- sampling, evaluation, training <- generation <- patching, cli."""
-    layers = [
-        ["reference"],
-        ["ops", "_native"],
-        ["nn"],
-        ["draws"],
-        ["pool"],
-        ["matches", "rejection"],
-        ["sampling", "evaluation", "training", "losses", "brier"],
-        ["sequence"],
-        ["replay"],
-        ["engine"],
-        ["generation"],
-        ["quickstart", "planning", "cli", "patching", "patched"],
-    ]
-    level = {name: depth for depth, names in enumerate(layers) for name in names}
-    for path in sorted((ROOT / "calm_rt").rglob("*.py")):
-        own = path.relative_to(ROOT / "calm_rt").parts[0].removesuffix(".py")
-        for line in path.read_text().splitlines():
-            match = re.match(r"(?:from calm_rt\.|from \.+|import calm_rt\.)(\w+)", line)
-            if match and own in level and match[1] in level:
-                assert level[match[1]] <= level[own], f"{path.name}: {line} goes upward"
+    level = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
+    paths = sorted((ROOT / "calm_rt").rglob("*.py"))
+    owners = [path.relative_to(ROOT / "calm_rt").parts[0].removesuffix(".py") for path in paths]
+    assert set(owners) == set(level)
+    upward = set()
+    for own, path in zip(owners, paths, strict=True):
+        imported = imports_of(path) & set(level)
+        upward |= {(own, other) for other in imported if level[other] > level[own]}
+        assert "_native" not in imported or own in {*IMPORT_NATIVE, "_native"}, path
+    assert upward == UPWARD
+
+
+@needs_checkout
+def test_the_simulator_has_the_schemas_of_the_extension() -> None:
+    def schemas(path: str) -> set[str]:
+        found = re.findall(r"m\.def\(([^;]*)\);", (ROOT / path).read_text())
+        return {"".join(re.findall(r'"([^"]*)"', schema)) for schema in found}
+
+    simulated = schemas("csrc/simulator/module.cpp")
+    own = {schema for schema in simulated if schema.startswith("set_")}
+    assert len(own) == 2 and simulated - own <= schemas("csrc/ops.cpp")
 
 
 @needs_checkout

@@ -68,6 +68,54 @@ def test_autoencoder_loss_is_the_paper_s(autoencoder):
     torch.testing.assert_close(metrics["kl"], kl.detach().sum(-1).mean(), rtol=1e-6, atol=0)
 
 
+def test_evaluation_masks_nothing(autoencoder):
+    ids = torch.arange(4 * PATCH).view(2, 2 * PATCH)
+    trained, _ = autoencoder_loss(autoencoder, ids, seed=SEED)
+    loss, metrics = autoencoder_loss(autoencoder.eval(), ids, seed=SEED)
+    patches, rows = ids.view(-1, PATCH), torch.arange(4)
+    mean, log_std = (value.squeeze(1) for value in autoencoder.encode(patches))
+    latents = mean + log_std.exp() * noise(rows, LATENT, Stream.LATENT)
+    expected = F.cross_entropy(autoencoder.logits(latents).flatten(0, 1), patches.flatten())
+    torch.testing.assert_close(metrics["cross_entropy"], expected)
+    assert loss != trained
+
+
+def test_targets_do_not_depend_on_autocast(model):
+    model.float().requires_grad_(True)
+    seen = []
+    encode = model.ae_model.encode
+    model.ae_model.encode = lambda ids: seen.append(encode(ids)) or seen[-1]
+    ids = torch.arange(4 * PATCH)[None]
+    energy_loss(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        energy_loss(model, ids)
+    energy_loss(model, ids, precision="bf16")
+    assert all(torch.equal(seen[0][0], mean) for mean, _ in seen[1:])
+
+
+def test_an_ensemble_by_vmap(model):
+    ids, others = torch.arange(4 * PATCH)[None], Calm(CALM, AUTOENCODER).double()
+    parameters, buffers = torch.func.stack_module_state([model, others])
+
+    def hidden(parameters, buffers):
+        return torch.func.functional_call(States(model), (parameters, buffers), ids)
+
+    states = torch.vmap(hidden)(
+        {f"model.{name}": value.detach() for name, value in parameters.items()},
+        {f"model.{name}": value for name, value in buffers.items()},
+    )
+    torch.testing.assert_close(states[1], others.hidden_states(ids))
+
+
+class States(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model.hidden_states(ids)
+
+
 def test_random_tokens_are_learnt_too(autoencoder):
     """A third of the tokens becomes any token, in input and target alike."""
     options = {"distribution": "uniform"}

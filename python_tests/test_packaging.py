@@ -81,6 +81,21 @@ def test_wheel_of_python_alone(source: Path, tmp_path: Path) -> None:
     assert run.stdout.strip() == "[0, 1, 2]"
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CXX": "no-such-compiler -m64", "CALM_RT_CUDA": "ON"}, "is no C++ compiler no-such"),
+        ({"CXX": f"{sys.executable} -m64"}, "building needs cmake and ninja: pip install"),
+    ],
+)
+def test_what_building_needs_is_named(environment: dict, message: str, tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
+    environment = {**os.environ, **environment, "PATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode != 0 and message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_program_of_the_wheel_matrix_runs_here(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SMOKE]

@@ -120,6 +120,24 @@ def test_replacing_what_the_ops_do_not_stand_in_for_is_no_matter():
         model.temperature_sampling(torch.zeros(2, 32))
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_that_nobody_would_call(before: bool):
+    model, ids = build("EnergyTransformer").train(), token_ids()
+    layer = model.generative_head.hidden_embd
+    if before:
+        hook = layer.register_forward_hook(lambda *_: None)
+        report = calm_rt.patch(model)
+        assert "hidden_embd: expected a module without hooks" in report.kept["head_sampling"]
+        calm_rt.unpatch(model)
+        hook.remove()
+    calm_rt.patch(model)
+    hook = layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"got generative_head\.hidden_embd with some, registered"):
+        model(ids, labels=ids)
+    hook.remove()
+    model(ids, labels=ids)
+
+
 class Wrapper(nn.Module):
     """Passes on what it is asked for, as adapters do."""
 

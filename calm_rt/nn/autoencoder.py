@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from calm_rt import ops
 from calm_rt.nn.config import AutoencoderConfig
-from calm_rt.nn.plain import weight_of, weights_of
-from calm_rt.ops.check import check, check_patches, is_autocast_on, may_look
+from calm_rt.nn.plain import check_plain, weight_of, weights_of
+from calm_rt.ops.check import check, check_patches, check_tensor, is_autocast_on, may_look
 from calm_rt.ops.decode import decode_hidden
 from calm_rt.ops.linear_argmax import screen_vocabulary
 from calm_rt.reference import (
@@ -66,6 +66,7 @@ class GatedMLP(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """gate and up [I, H], down [H, I], as `ops` take them."""
+        check_plain(self, GatedMLP)
         gate, up, down = (weight_of(part, nn.Linear) for part in self.children())
         return gate, up, down
 
@@ -80,6 +81,7 @@ class AutoencoderLayer(nn.Module):
 
     def weights(self) -> MlpWeights:
         """The parameters as `ops` take them."""
+        check_plain(self, AutoencoderLayer)
         return MlpWeights(weight_of(self.layernorm, RMSNorm), *self.mlp.weights())
 
 
@@ -115,6 +117,8 @@ class Encoder(nn.Module):
         )
         if self.tables is not None and not self.is_trained():
             return FoldedEncoderWeights(self.tables, *rest)
+        if not torch.compiler.is_compiling():
+            self.tables = None  # what is trained is another encoder when it is frozen again
         return EncoderWeights(*first, *rest)
 
     def is_trained(self) -> bool:
@@ -225,6 +229,7 @@ class Autoencoder(nn.Module):
         """
         patch_size = self.config.patch_size
         check_patches("ids", ids, patch_size)
+        check_plain(self.encoder, Encoder)
         patches, weights = ids.reshape(-1, patch_size), self.encoder.weights()
         ignored = is_autocast_on(ids.device) and not self.encoder.is_trained()
         with torch.autocast(ids.device.type, enabled=False) if ignored else nullcontext():
@@ -248,6 +253,7 @@ class Autoencoder(nn.Module):
         latents: [..., L].
         returns: [..., K] int64.
         """
+        check_plain(self.decoder, Decoder)
         ids = ops.decode(self._rows(latents), self.decoder.weights(), eps=self.config.rms_norm_eps)
         return ids.view(*latents.shape[:-1], self.config.patch_size)
 
@@ -258,6 +264,7 @@ class Autoencoder(nn.Module):
         save(self, path)
 
     def _rows(self, latents: Tensor) -> Tensor:
+        check_tensor("latents", latents)
         size, shape = self.config.latent_size, list(latents.shape)
         check(shape[-1:] == [size], "latents", f"shape [..., L={size}]", shape)
         return latents.reshape(-1, size).to(self.decoder.latent_to_hidden.weight.dtype)
@@ -271,10 +278,13 @@ def fold_encoder(autoencoder: Autoencoder) -> None:
     once for all K V of them; `encode` then adds K rows (at the official size 4.2 instead of 22
     MFLOP a patch). The tables take K V H numbers (`folded_bytes`; 1.05 GB at the official size in
     float32) and 2 K V H (H + 3 I / K) FLOP (0.8 TFLOP). They move with the module, are not saved,
-    and go when a state dict is loaded; after changing parameters in place, fold again. Parameters
-    that torch.func.functional_call puts in their place do not change them.
+    and go when a state dict is loaded or the encoder encodes while it is trained (in eager code);
+    after changing parameters in place, fold again. Under DistributedDataParallel fold behind the
+    wrapping, or with broadcast_buffers=False, for they are a buffer. Parameters that
+    torch.func.functional_call puts in their place do not change them.
     Raises ValueError where a parameter of the encoder requires a gradient.
     """
+    _check_autoencoder(autoencoder)
     encoder = autoencoder.encoder
     encoder.tables = None
     frozen = "a frozen autoencoder: call requires_grad_(False) first"
@@ -301,6 +311,7 @@ def screen_decoder(autoencoder: Autoencoder) -> None:
     torch counts no writes: there a change is seen in a sample of the numbers, so that one of single
     rows may be missed. Nothing happens where no kernel takes one.
     """
+    _check_autoencoder(autoencoder)
     decoder = autoencoder.decoder
     if decoder.weights().screen is not None:
         return
@@ -311,3 +322,8 @@ def screen_decoder(autoencoder: Autoencoder) -> None:
 def folded_bytes(autoencoder: Autoencoder) -> int:
     """The memory that `fold_encoder` takes."""
     return autoencoder.config.patch_size * autoencoder.encoder.embed_tokens.weight.nbytes
+
+
+def _check_autoencoder(autoencoder: Autoencoder) -> None:
+    ours = "an Autoencoder (a Calm's is its ae_model)"
+    check(isinstance(autoencoder, Autoencoder), "autoencoder", ours, type(autoencoder).__name__)

@@ -12,7 +12,7 @@ from calm_rt import ops, reference
 from calm_rt.nn.autoencoder import GatedMLP, RMSNorm, init_weights
 from calm_rt.nn.config import CalmConfig
 from calm_rt.nn.plain import is_plain
-from calm_rt.ops.check import check, check_shape, may_look
+from calm_rt.ops.check import check, check_int, check_shape, may_look
 
 ALIGNMENT = 64  # bytes, of a cache's rows: a library's bits may depend on where an operand lies
 
@@ -67,8 +67,8 @@ class KVCache:
         device: str | torch.device = "cpu",
     ):
         """batch_size: B rows.  max_patches: the most patches that a row may reach."""
-        check(batch_size >= 0, "batch_size", "at least 0", batch_size)
-        check(max_patches >= 1, "max_patches", "at least 1", max_patches)
+        batch_size = check_int("batch_size", batch_size, 0)
+        max_patches = check_int("max_patches", max_patches, 1)
         self.max_patches = self.width = max_patches
         # one more slot than patches: padding behind a row's end is written there and read by nobody
         rows = (config.num_hidden_layers, 2, batch_size)

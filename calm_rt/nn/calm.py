@@ -10,6 +10,7 @@ from calm_rt.nn.autoencoder import Autoencoder, init_weights
 from calm_rt.nn.backbone import KVCache, Transformer
 from calm_rt.nn.config import AutoencoderConfig, CalmConfig
 from calm_rt.nn.heads import EnergyHead
+from calm_rt.nn.plain import check_plain
 from calm_rt.ops.check import check, check_ids, check_patches
 
 EMBED_EPS = 1e-6  # of the LayerNorm behind embed_proj, as in the official code
@@ -27,6 +28,10 @@ class Calm(nn.Module):
 
     def __init__(self, config: CalmConfig, autoencoder_config: AutoencoderConfig):
         super().__init__()
+        got = type(config).__name__, type(autoencoder_config).__name__
+        check(isinstance(config, CalmConfig), "config", "a CalmConfig", got[0])
+        ours, kind = isinstance(autoencoder_config, AutoencoderConfig), "an AutoencoderConfig"
+        check(ours, "autoencoder_config", kind, got[1])
         for name in ("patch_size", "latent_size", "vocab_size"):
             expected, got = getattr(config, name), getattr(autoencoder_config, name)
             argument = f"autoencoder_config.{name}"
@@ -60,7 +65,7 @@ class Calm(nn.Module):
         check_ids("ids", ids, self.config.vocab_size)
         tokens = self.transformer.embed_tokens(ids)  # [B, P K, H]
         num_patches, width = ids.shape[1] // patch_size, patch_size * tokens.shape[-1]
-        patches = tokens.view(ids.shape[0], num_patches, width)
+        patches = tokens.reshape(ids.shape[0], num_patches, width)
         return self.transformer(self.embed_proj(patches), cache)
 
     def sample(
@@ -72,6 +77,7 @@ class Calm(nn.Module):
         rows: [R] int64, logical row ids; None for 0 .. R-1.
         returns: [S, R, L], S = num_samples.
         """
+        check_plain(self.generative_head, EnergyHead)
         weights = self.generative_head.weights()
         return ops.sample_latents(hidden, weights, num_samples=num_samples, seed=seed, rows=rows)
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from calm_rt import reference
 from calm_rt.nn.autoencoder import init_weights
 from calm_rt.nn.config import CalmConfig
-from calm_rt.nn.plain import weights_of
+from calm_rt.nn.plain import check_plain, weights_between_silu, weights_of
 from calm_rt.ops.check import check_shape
 from calm_rt.reference import HEAD_EPS, HeadBlock, HeadWeights
 
@@ -27,8 +27,9 @@ class EnergyHeadBlock(nn.Module):
 
     def weights(self) -> HeadBlock:
         """The parameters as `ops` take them."""
-        first, second, third = self.linears[0], self.linears[2], self.linears[4]
-        return HeadBlock(*map(weights_of, (self.in_ln, first, second, third, self.down_proj)))
+        check_plain(self, EnergyHeadBlock)
+        linears = weights_between_silu(self.linears, 3)
+        return HeadBlock(weights_of(self.in_ln), *linears, weights_of(self.down_proj))
 
 
 class EnergyHeadOutput(nn.Module):
@@ -69,6 +70,8 @@ class EnergyHead(nn.Module):
     def weights(self) -> HeadWeights:
         """The parameters as `ops.sample_latents` takes them."""
         final = self.final_layer
+        check_plain(final, EnergyHeadOutput)
+        final_first, final_second = weights_between_silu(final.linears, 2)
         return HeadWeights(
             noise=weights_of(self.noise_embd),
             noise_norm=weights_of(self.norm_noise),
@@ -76,6 +79,6 @@ class EnergyHead(nn.Module):
             hidden_norm=weights_of(self.norm_hidden),
             blocks=[block.weights() for block in self.mlp_blocks],
             final_norm=weights_of(final.in_ln),
-            final_first=weights_of(final.linears[0]),
-            final_second=weights_of(final.linears[2]),
+            final_first=final_first,
+            final_second=final_second,
         )

@@ -6,30 +6,51 @@ from calm_rt.ops.check import check
 from calm_rt.reference import LinearWeights
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What torch.compile wraps, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its forward, or its backward more than that's."""
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    return any((*hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def change_of(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """What a call of the module does beside `kind`'s forward, None for nothing.
+
+    Parametrizations (torch.nn.utils.parametrizations) keep that forward, so they are no change.
+    """
+    if type(module).forward is not kind.forward or "forward" in vars(module):
+        return type(module).__name__
+    return f"{type(module).__name__} with hooks" if has_hooks(module) else None
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module is `kind`'s forward on its weight and no more.
 
     Adapters and quantisation put another class in its place, others a forward of its own, a bias,
     or hooks; an op, which takes weights only, would pass them over.
     """
-    hooks = module._forward_hooks, module._forward_pre_hooks
-    hooks += module._backward_hooks, module._backward_pre_hooks
-    own = any(hooks) or "forward" in vars(module) or getattr(module, "bias", None) is not None
-    return type(module) is kind and not own
+    biased = getattr(module, "bias", None) is not None
+    return type(module) is kind and not biased and not change_of(module, kind)
+
+
+def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
+    """raises: ValueError where the module computes something else than `kind`'s forward."""
+    expected = f"{kind.__name__} modules that compute as they do in torch or calm_rt, for ops take"
+    expected += " their weights (no adapter, quantisation, hook or own forward)"
+    change = change_of(module, kind)
+    check(not change, "model", expected, change)
 
 
 def weight_of(module: nn.Module, kind: type[nn.Module]) -> Tensor:
     """The module's weight, for an op that stands in for `kind`'s forward.
 
-    Parametrizations (torch.nn.utils.parametrizations) keep that forward, so they may change it.
     raises: ValueError where the module computes something else with it.
     """
-    own = type(module).forward is not kind.forward or "forward" in vars(module)
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    if own or hooks:
-        expected = f"{kind.__name__} modules that compute as torch's, for ops take their weights"
-        got = f"{type(module).__name__}{' with hooks' if hooks else ''}"
-        check(False, "model", f"{expected} (no adapter, quantisation, hook or own forward)", got)
+    check_plain(module, kind)
     return module.weight
 
 
@@ -39,3 +60,13 @@ def weights_of(module: nn.Linear | nn.LayerNorm) -> LinearWeights:
     weight = weight_of(module, kind)
     check(module.bias is not None, "model", f"a bias in every {kind.__name__}", "none")
     return LinearWeights(weight, module.bias)
+
+
+def weights_between_silu(chain: nn.Sequential, count: int) -> list[LinearWeights]:
+    """Those of so many linear layers with SiLU between them.  raises: as `weights_of`."""
+    check_plain(chain, nn.Sequential)
+    expected = f"{count} linear layers with SiLU between them"
+    check(len(chain) == 2 * count - 1, "model", expected, f"{len(chain)} modules")
+    for module in chain[1::2]:
+        check_plain(module, nn.SiLU)
+    return [weights_of(module) for module in chain[::2]]

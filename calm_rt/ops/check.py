@@ -28,6 +28,7 @@ MOST_INT = 2**63 - 1  # that an op takes
 def check(condition: bool, name: str, expected: object, got: object) -> None:
     """Raises ValueError("name: expected ..., got ...") unless the condition holds."""
     if not condition:
+        got = list(got) if isinstance(got, torch.Size) else got
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
@@ -119,6 +120,7 @@ def alike(*tensors: Tensor) -> bool:
 
 def check_patches(name: str, ids: Tensor, patch_size: int) -> None:
     """Raises ValueError unless ids is [B, a multiple of patch_size] int64."""
+    check_tensor(name, ids)
     shape = list(ids.shape)
     whole = len(shape) == 2 and shape[1] % patch_size == 0
     check(whole, name, f"whole patches, shape [B, P x {patch_size}]", shape)

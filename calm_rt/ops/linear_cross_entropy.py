@@ -267,7 +267,7 @@ class _KeptLoss(torch.autograd.Function):
 
 def _is_one(scale: Tensor) -> bool:
     try:
-        return scale.item() == 1
+        return may_look(scale) and scale.item() == 1
     except RuntimeError:  # under is_grads_batched: there are several
         return False
 
