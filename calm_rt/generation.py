@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from operator import itemgetter
-from typing import Any
+from typing import Unpack
 
 import torch
 
@@ -19,6 +19,7 @@ from calm_rt.sequence import (
     Generation,
     GenerationError,
     GenerationOptions,
+    GivenOptions,
     Sampling,
     TokenSequence,
     start_id,
@@ -177,16 +178,18 @@ class Generator:
         prompts: Sequence[Prompt],
         *,
         sequence_ids: Sequence[int] | None = None,
-        **options: Any,
+        **options: Unpack[GivenOptions],
     ) -> Iterator[tuple[int, Generation]]:
         """Continues all prompts and yields (index of the prompt, Generation) as each finishes.
 
         options: those of `generate`.
         raises: ValueError as `generate`, at once; never GenerationError: look at `error`.
         """
-        return self._run(self._sequences(prompts, sequence_ids, options))
+        return self._run(self._sequences("results", prompts, sequence_ids, options))
 
-    def stream(self, prompt: Prompt, /, *, sequence_id: int = 0, **options: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, /, *, sequence_id: int = 0, **options: Unpack[GivenOptions]
+    ) -> Iterator[str]:
         """Continues one prompt and yields its text as it grows, in whole characters.
 
         The pieces together are the text that `generate` returns for the same arguments.
@@ -195,7 +198,7 @@ class Generator:
             the text that was drawn before.
         """
         check(self.tokenizer is not None, "tokenizer", "one to turn tokens into text", None)
-        [sequence] = self._sequences([prompt], [sequence_id], options)
+        [sequence] = self._sequences("stream", [prompt], [sequence_id], options)
         return self._stream(sequence)
 
     def prefill(
@@ -203,7 +206,7 @@ class Generator:
         prompts: Sequence[Prompt],
         *,
         sequence_ids: Sequence[int] | None = None,
-        **options: Any,
+        **options: Unpack[GivenOptions],
     ) -> list[TokenSequence]:
         """Reads prompts into free slots of this generator's own cache, made at the first call.
 
@@ -214,7 +217,8 @@ class Generator:
             `result()` for the Generation so far.
         raises: ValueError as `generate`, and where there are fewer than `free_slots`.
         """
-        sequences = self._sequences(prompts, sequence_ids, options, self._num_prefilled)
+        first_id = self._num_prefilled
+        sequences = self._sequences("prefill", prompts, sequence_ids, options, first_id)
         sizes = self.max_batch_size, self.max_patches
         if self._engine is None or not self._engine.fits(*sizes):
             busy = (
@@ -250,9 +254,10 @@ class Generator:
 
     def _sequences(
         self,
+        method: str,
         prompts: Sequence[Prompt],
         sequence_ids: Sequence[int] | None,
-        options: dict[str, Any],
+        options: GivenOptions,
         first_id: int = 0,
     ) -> list[TokenSequence]:
         """The prompts of a request, all of it checked."""
@@ -266,7 +271,7 @@ class Generator:
         names = list(count_on if sequence_ids is None else sequence_ids)
         fits = f"one for each of {len(prompts)} prompts"
         check(len(names) == len(prompts), "sequence_ids", fits, len(names))
-        settings, config = GenerationOptions(**options), self.model.config
+        settings, config = GenerationOptions.of_call(method, options), self.model.config
         self._check_sampling(settings.sampling())
         sequences = [
             TokenSequence(prompt, name, settings, config, self.tokenizer)
@@ -325,8 +330,10 @@ class Generator:
             self._idle = engine
 
     def _run(self, sequences: list[TokenSequence]) -> Iterator[tuple[int, Generation]]:
+        if not sequences:
+            return
         waiting, running = deque(enumerate(sequences)), []
-        engine = self._borrow_engine(sequences) if sequences else None
+        engine = self._borrow_engine(sequences)
         while waiting or running:
             entering = [waiting.popleft() for _ in range(min(engine.free, len(waiting)))]
             engine.prefill([sequence for _, sequence in entering])
@@ -337,8 +344,7 @@ class Generator:
                     engine.release(sequence)
                     yield index, sequence.result()
             running = [(index, sequence) for index, sequence in running if not sequence.finished]
-        if engine:
-            self._give_back(engine)
+        self._give_back(engine)
 
     def _stream(self, sequence: TokenSequence) -> Iterator[str]:
         engine = self._borrow_engine([sequence])

@@ -6,9 +6,9 @@ The engine (engine.py) draws patches; here they become tokens and text. Nothing 
 import operator
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, Required, Self, TypedDict
 
 from calm_rt.data import TextStream, Tokenizer
 from calm_rt.nn import CalmConfig
@@ -30,6 +30,20 @@ class Sampling(NamedTuple):
     max_draws: int
     on_budget: str
     seed: int
+
+
+class GivenOptions(TypedDict, total=False):
+    """GenerationOptions as keyword arguments of a call."""
+
+    max_new_tokens: Required[int]
+    temperature: float | Fraction | str
+    num_candidates: int
+    method: str
+    max_draws: int
+    on_budget: str
+    seed: int
+    stop: Sequence[str | Sequence[int]]
+    prompt: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +78,18 @@ class GenerationOptions:
             _check_text("stop", text)
         object.__setattr__(self, "stop", stop)
         check(self.prompt in PROMPTS, "prompt", f"one of {', '.join(PROMPTS)}", self.prompt)
+
+    @classmethod
+    def of_call(cls, method: str, given: GivenOptions) -> Self:
+        """raises: TypeError for names that the method does not have, or without max_new_tokens."""
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                known = f"the options are {', '.join(names)}"
+                raise TypeError(f"{method}() got an unexpected option {name!r}; {known}")
+        if "max_new_tokens" not in given:
+            raise TypeError(f"{method}() needs the option 'max_new_tokens'")
+        return cls(**given)
 
     def sampling(self) -> Sampling:
         return Sampling(*(getattr(self, name) for name in Sampling._fields))

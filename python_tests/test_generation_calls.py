@@ -213,3 +213,14 @@ def test_odd_arguments_are_taken_or_named(model):
         generator.generate([[1]], max_new_tokens=2, stop=["\udcff"])
     with pytest.raises(ValueError, match=r"model: expected one with values, got .*meta"):
         Generator(build_model().to("meta"))
+
+
+@pytest.mark.parametrize("method", ["results", "stream", "prefill"])
+def test_unknown_options_are_named_as_arguments_of_the_method(model, method):
+    call = getattr(Generator(model, Bytes()), method)
+    prompt = "a" if method == "stream" else ["a"]
+    expected = rf"^{method}\(\) got an unexpected option 'temprature'; the options are max_new_tok"
+    with pytest.raises(TypeError, match=expected):
+        call(prompt, max_new_tokens=2, temprature=0.5)
+    with pytest.raises(TypeError, match=rf"^{method}\(\) needs the option 'max_new_tokens'"):
+        call(prompt, temperature=0.5)
