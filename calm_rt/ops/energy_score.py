@@ -1,6 +1,7 @@
 """The energy score of model draws against target draws that are made inside the kernel."""
 
 from numbers import Real
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +20,48 @@ DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+
+
+@overload
+def energy_score(
+    x: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    *,
+    num_targets: int = 100,
+    beta: float = 1.0,
+    seed: int | Tensor = 0,
+    rows: Tensor | None = None,
+    return_terms: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def energy_score(
+    x: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    *,
+    num_targets: int = 100,
+    beta: float = 1.0,
+    seed: int | Tensor = 0,
+    rows: Tensor | None = None,
+    return_terms: Literal[True],
+) -> reference.EnergyScore: ...
+
+
+@overload
+def energy_score(
+    x: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    *,
+    num_targets: int = 100,
+    beta: float = 1.0,
+    seed: int | Tensor = 0,
+    rows: Tensor | None = None,
+    return_terms: bool,
+) -> Tensor | reference.EnergyScore: ...
 
 
 def energy_score(
