@@ -5,11 +5,20 @@ when it is first used.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import ops, reference
 from ._native import NativeUnavailable, backend
 from .environment import info
+
+if TYPE_CHECKING:  # what __getattr__ gives
+    from . import nn
+    from .checkpoint import load, save
+    from .data import load_tokenizer
+    from .evaluation import brier_lm
+    from .generation import Generator
+    from .patching import patch, unpatch
+    from .sequence import GenerationError
 
 __version__ = "0.1.0"
 
@@ -25,7 +34,26 @@ _LAZY = {
     "unpatch": "patching",
 }
 
-__all__ = ["NativeUnavailable", "backend", "info", "ops", "reference", *_LAZY]
+__all__ = [  # a literal, which type checkers read
+    "GenerationError",
+    "Generator",
+    "NativeUnavailable",
+    "backend",
+    "brier_lm",
+    "info",
+    "load",
+    "load_tokenizer",
+    "nn",
+    "ops",
+    "patch",
+    "reference",
+    "save",
+    "unpatch",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
