@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from calm_rt.documents import PathLike
 from calm_rt.ops.check import check
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -10,7 +11,7 @@ BESIDE_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json")
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", *BESIDE_TOKENIZERS)
 
 
-def local_folder(path: str | Path, hub: bool, *, tokenizer: bool = False) -> Path:
+def local_folder(path: PathLike, hub: bool, *, tokenizer: bool = False) -> Path:
     """A folder as it is; with `hub`, where there is none, a repository's files on this machine.
 
     path: of a folder, or "owner/name".

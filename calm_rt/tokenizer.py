@@ -34,9 +34,11 @@ class TextStream(Protocol):
 
     def step(self, token: int) -> str:
         """The whole characters that this token completes; often empty."""
+        ...
 
     def finish(self) -> str:
         """What is left of a character that never became whole, as U+FFFD."""
+        ...
 
 
 class Tokenizer(Protocol):
@@ -47,9 +49,11 @@ class Tokenizer(Protocol):
     path: Path  # the file it was read from
     fingerprint: str  # of that file
     vocab_size: int
-    bos_id: int | None
     eos_id: int
     pad_id: int
+
+    @property  # so that an int, too, is one
+    def bos_id(self) -> int | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -138,7 +142,7 @@ class SentencePieceTokenizer:
         self._bytes = [self._piece_bytes(token) for token in range(self.vocab_size)]
         # the character SPACE itself goes in as bytes, or it would come out as a space
         escape = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self._escape = escape if all(map(self._processor.is_byte, escape)) else None
+        self._escape = escape if all(map(self._processor.is_byte, escape)) else []
         # some models add a space in front of every text; decoding takes it away
         self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE)
 
@@ -224,17 +228,15 @@ class HuggingFaceTokenizer:
                 f"tokenizer: {path} is not a tokenizer.json ({str(error).splitlines()[0]})"
             ) from None
         self._tokenizer.encode_special_tokens = True  # text that spells one stays text
-        self.bos_id = self._special_id("bos")
-        eos_id = self._special_id("eos")
+        self.bos_id, eos_id, pad_id = map(self._special_id, NAMES)
         if eos_id is None:
             raise ValueError(f"tokenizer: {path} has no EOS; name it in special_tokens_map.json")
         self.eos_id = eos_id
-        pad_id = self._special_id("pad")
         if pad_id is None:
             taken = self._tokenizer.get_vocab(with_added_tokens=True).values()
             self._tokenizer.add_special_tokens(["[PAD]"])
             pad_id = self._tokenizer.token_to_id("[PAD]")
-            if pad_id in taken:  # which the package numbers by the count
+            if pad_id is None or pad_id in taken:  # which the package numbers by the count
                 raise ValueError(
                     f"tokenizer: {path} has no PAD; name it in special_tokens_map.json"
                 )
