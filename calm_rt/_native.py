@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "native", "reference")
@@ -135,7 +136,7 @@ def _why_transformed(op: str) -> str | None:
         return None
     if forward_ad._current_level >= 0:
         return f"{op} has no kernel for tangents (forward-mode differentiation)"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         return f"{op} has no kernel for torch.func's transforms"
     return None
 

@@ -7,9 +7,11 @@ so they neither wait for a device nor break a `torch.compile` graph.
 import functools
 import operator
 from collections.abc import Callable, Iterable
+from typing import Literal, NoReturn, SupportsIndex, overload
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from calm_rt.reference import (
     DecoderWeights,
@@ -23,6 +25,14 @@ from calm_rt.reference import (
 CPU = torch.device("cpu")
 MOST_REMEMBERED = 1024  # row ids
 MOST_INT = 2**63 - 1  # that an op takes
+
+
+@overload
+def check(condition: Literal[False], name: str, expected: object, got: object) -> NoReturn: ...
+
+
+@overload
+def check(condition: bool, name: str, expected: object, got: object) -> None: ...
 
 
 def check(condition: bool, name: str, expected: object, got: object) -> None:
@@ -60,7 +70,7 @@ def check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a tensor, got {got}")
 
 
-def check_int(name: str, value: int, least: int, most: int | None = None) -> int:
+def check_int(name: str, value: SupportsIndex, least: int, most: int | None = None) -> int:
     """The value as an int (numpy's are taken too); raises ValueError unless it is within bounds."""
     if not isinstance(value, int):
         try:
@@ -265,7 +275,7 @@ def _remembered(make: Callable, value: int, device: torch.device) -> Tensor:
     if device != CPU or torch.compiler.is_compiling():
         return make(value, device)
     # a mode may make a fake tensor, and a transform of torch.func one that it follows
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+    if torch._C._len_torch_dispatch_stack() or peek_interpreter_stack():
         return make(value, device)
     return _on_host(make, value)
 
@@ -294,7 +304,7 @@ def may_look(tensor: Tensor) -> bool:
     on_host = type(tensor) is Tensor and tensor.device.type == "cpu"  # a fake tensor has no values
     if not on_host or torch.compiler.is_compiling():
         return False
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # vmap has several
+    transformed = peek_interpreter_stack() is not None  # vmap has several
     return tensor.numel() > 0 and not transformed
 
 

@@ -65,7 +65,8 @@ def _compose(
     """The encoder from other ops, which have gradients and follow autocast."""
     if isinstance(weights, FoldedEncoderWeights):
         slots = zip(ids.T, weights.tables, strict=True)
-        hidden = sum(reference.embed(of_slot, table) for of_slot, table in slots)  # [R, H]
+        first, *others = (reference.embed(of_slot, table) for of_slot, table in slots)
+        hidden = sum(others, first)  # [R, H]
     else:
         hidden = _linear(_distinct_tokens(ids, weights, eps).flatten(-2), weights.squeeze)
     for layer in weights.patch_layers:
