@@ -33,6 +33,7 @@ class Sampler(Protocol):
         contexts: R of them, [T_r] int64 each.
         returns: [num_draws, R, 4] int64.
         """
+        ...
 
 
 def sampler_terms(

@@ -113,7 +113,8 @@ def brier_lm(
     """
     seed, batch_size = check_seed(seed), check_int("batch_size", batch_size, 1)
     num_bootstrap = check_int("num_bootstrap", num_bootstrap, 1)
-    is_calm, draws = hasattr(model, "ae_model"), isinstance(model, Sampler)
+    is_calm = hasattr(model, "ae_model")
+    draws = isinstance(model, Sampler)
     inner = uncompiled(model)
     official = is_calm and not hasattr(inner, "hidden_states")
     kinds = "a Calm (of calm_rt.load; an official model has eval_brier) or what gives logits"
@@ -122,16 +123,16 @@ def brier_lm(
     least = 2 if is_calm or draws else 1
     usual = 8 if least == 2 else 1
     num_draws = check_int("num_draws", usual if num_draws is None else num_draws, least)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     patch_size = patch_size if patch_size is None else check_int("patch_size", patch_size, 1)
     own_size = config.patch_size if is_calm else patch_size or ORDERS
     check(patch_size in (None, own_size), "patch_size", f"the model's {own_size}", patch_size)
     longest = getattr(config, "max_position_embeddings", None)
     if is_calm and longest:
-        block_size = longest * own_size if block_size is None else block_size
+        most = longest * own_size
+        block_size = check_int("block_size", most if block_size is None else block_size, 1)
         expected = f"a multiple of patch_size {own_size}, at most the model's longest"
-        fits = check_int("block_size", block_size, 1) <= longest * own_size
-        check(fits, "block_size", f"{expected} {longest * own_size}", block_size)
+        check(block_size <= most, "block_size", f"{expected} {most}", block_size)
     elif block_size is None and not is_calm:
         longest = min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
         block_size = max(longest // own_size, 1) * own_size
@@ -252,7 +253,7 @@ def _window_terms(model: Calm, windows: list[Window], num_draws: int, seed: int)
     batch, place = _places(lengths - 1)
     rows = document[batch] + place
     draws = _draw(model, hidden[batch, place - 1], num_draws, seed, rows)  # [S, R, K]
-    if patch_size >= ORDERS:
+    if cache is None:
         target = patches[batch, place, :ORDERS]
         return brier_from_predictions(draws[..., :ORDERS], target).cpu()
 

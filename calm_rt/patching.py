@@ -4,7 +4,7 @@ Methods become attributes of the one instance (see patched.py), so its class, ot
 parameters, state dict and checkpoints stay what they are.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Self
@@ -194,7 +194,9 @@ def _impossible(model: nn.Module, state: Patch, wanted: list[str]) -> dict[str, 
         no_energy = f"{kind} has no energy head"
         reasons |= {name: no_energy for name in ("energy_score", "head_sampling")}
     path = "" if kind == AUTOENCODER else "ae_model"
-    views = {"autoencoder": lambda: official_models.view_of_autoencoder(model, path)}
+    views: dict[str, Callable[[], object]] = {
+        "autoencoder": lambda: official_models.view_of_autoencoder(model, path)
+    }
     if kind == ENERGY:
         views["head"] = lambda: official_models.view_of_head(model)
     if kind in ALL_MODELS:

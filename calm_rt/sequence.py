@@ -233,7 +233,7 @@ class TokenSequence:
             self._lengths.append(len(self._text))
             self.room -= 1
             self._ended = token == self._eos_id
-            if token < self._num_texts and not self._ended:
+            if self._decoder and token < self._num_texts and not self._ended:
                 self._append_text(self._decoder.step(token))
             for stop in self._stop_ids:
                 if self._ids[-len(stop) :] == stop:
@@ -323,8 +323,8 @@ def _token_ids(
     prompt: str | Sequence[int], config: CalmConfig, tokenizer: Tokenizer | None
 ) -> list[int]:
     if isinstance(prompt, str):
-        known = tokenizer is not None
-        check(known, "prompts", "token ids, for there is no tokenizer", "a text")
+        if tokenizer is None:
+            check(False, "prompts", "token ids, for there is no tokenizer", "a text")
         _check_text("prompts", prompt)
         prompt = tokenizer.encode(prompt)
     expected = "texts or lists of token ids"
@@ -371,7 +371,7 @@ def _split_prompt(ids: list[int], mode: str, config: CalmConfig) -> tuple[list[i
     return [start] * missing + context, left_over
 
 
-def _start_of_partial(text: str | list[int], stop: str | list[int]) -> int:
+def _start_of_partial(text: str | Sequence[int], stop: str | Sequence[int]) -> int:
     """Where the longest end of `text` that is a beginning of `stop` starts."""
     for start in range(max(0, len(text) - len(stop) + 1), len(text)):
         if text[start:] == stop[: len(text) - start]:

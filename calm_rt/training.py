@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def train_autoencoder(
         folder, KeyboardInterrupt after Ctrl-C once the checkpoint is written.
     """
     model, output = _start(
-        config, Autoencoder, lambda: Autoencoder(config), output, training.seed, resume, overwrite
+        config, Autoencoder, Autoencoder, output, training.seed, resume, overwrite
     )
     world = World(device)
     ids = _held_out(data, training).to(world.device)
@@ -96,13 +96,9 @@ def train(
     returns: the trained model.
     """
 
-    def build() -> Calm:
-        check(
-            isinstance(autoencoder, Autoencoder),
-            "autoencoder",
-            "an Autoencoder",
-            type(autoencoder).__name__,
-        )
+    def build(config: CalmConfig) -> Calm:
+        if not isinstance(autoencoder, Autoencoder):
+            check(False, "autoencoder", "an Autoencoder", type(autoencoder).__name__)
         model = Calm(config, autoencoder.config)
         model.ae_model.load_state_dict(autoencoder.state_dict())
         return model
@@ -142,7 +138,7 @@ def train(
 def _start(
     config: AutoencoderConfig | CalmConfig | None,
     kind: type[Model],
-    build: Callable[[], Model],
+    build: Callable[[Any], Model],
     output: str | Path,
     seed: int,
     resume: bool,
@@ -153,12 +149,8 @@ def _start(
     if resume:
         TrainingState.load(output)  # says what is missing before the model is read
         model = checkpoint.load(output)
-        check(
-            isinstance(model, kind),
-            "resume",
-            f"a run of {kind.__name__} in {output}",
-            type(model).__name__,
-        )
+        if not isinstance(model, kind):
+            check(False, "resume", f"a run of {kind.__name__} in {output}", type(model).__name__)
         if config is not None:
             check(
                 config == model.config,
@@ -170,13 +162,13 @@ def _start(
     check(config is not None, "config", "the model's sizes", None)
     taken = [name for name in (STATE, CONFIG, TENSORS) if (output / name).exists()]
     if taken and not overwrite:
-        kind = "run; resume it, overwrite it" if STATE in taken else "model; overwrite it"
-        raise ValueError(f"output: {output} already holds a {kind} or choose another folder")
+        remedy = "run; resume it, overwrite it" if STATE in taken else "model; overwrite it"
+        raise ValueError(f"output: {output} already holds a {remedy} or choose another folder")
     with scratch_folder(output, "output"):  # says so where nothing can be written
         pass
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build(), output
+        return build(config), output
 
 
 def _fit(

@@ -88,6 +88,8 @@ class AutoencoderLayer(nn.Module):
 class Encoder(nn.Module):
     """The parameters of the encoder: half of the layers see single tokens, half the whole patch."""
 
+    tables: Tensor | None  # [K, V, H], see fold_encoder
+
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         hidden_size = config.hidden_size
@@ -98,7 +100,7 @@ class Encoder(nn.Module):
         self.squeeze_layer = nn.Linear(config.patch_size * hidden_size, hidden_size)
         self.hidden_to_latent = nn.Linear(hidden_size, 2 * config.latent_size)
         self.norm = RMSNorm(hidden_size, config.rms_norm_eps)
-        self.register_buffer("tables", None, persistent=False)  # [K, V, H], see fold_encoder
+        self.register_buffer("tables", None, persistent=False)
         self.register_load_state_dict_post_hook(Encoder._drop_tables)
 
     def weights(self) -> EncoderWeights | FoldedEncoderWeights:
@@ -133,7 +135,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The parameters of the decoder; `lm_head_weight` is the encoder's embedding."""
 
-    def __init__(self, config: AutoencoderConfig, embedding: nn.Parameter):
+    screen: Tensor | None  # see screen_decoder
+
+    def __init__(self, config: AutoencoderConfig, embedding: Tensor):
         super().__init__()
         hidden_size = config.hidden_size
         self.lm_head_weight = embedding
@@ -143,7 +147,7 @@ class Decoder(nn.Module):
         )
         self.expand_layer = nn.Linear(hidden_size, config.patch_size * hidden_size)
         self.norm = RMSNorm(hidden_size, config.rms_norm_eps)
-        self.register_buffer("screen", None, persistent=False)  # see screen_decoder
+        self.register_buffer("screen", None, persistent=False)
         self._screened: tuple[int, int] | None = None  # which values of the vocabulary it is of
         self._sample: Tensor | None = None  # some of these values
 

@@ -37,6 +37,7 @@ def _check_special_ids(config: object, vocab_size: int) -> None:
         _require(valid, name, f"None or a token id below vocab_size {vocab_size}", value)
 
 
+@dataclass
 class _Config:
     """from_dict and to_dict of both configurations."""
 
