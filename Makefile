@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 export PATH := $(BIN):$(PATH)
 
-.PHONY: quickstart test fuzz lint bench gpu sanitize sanitized docs wheels install simulator format clean
+.PHONY: quickstart test fuzz lint types bench gpu sanitize sanitized docs wheels install simulator format clean
 
 quickstart: install  ## train an autoencoder and a CALM on real text, then write with it
 	calm-rt quickstart --overwrite
@@ -23,6 +23,10 @@ lint: $(VENV)/.lint  ## style of Python and C++
 	ruff check .
 	ruff format --check .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs clang-format --dry-run --Werror
+
+types: install  ## annotations of what users call, and calls as they write them
+	pip install -q "pyright[nodejs]==1.1.414"
+	pyright
 
 format: $(VENV)/.lint
 	ruff check --fix .

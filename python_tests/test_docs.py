@@ -30,6 +30,7 @@ NOT_RUN = {  # lines without their comments
     "make quickstart": "takes minutes; test_cli.py runs the command on a small corpus",
     "make test": "runs this test",
     "make lint": "checks the style of the files, not what they do",
+    "make types": "downloads a checker; it checks annotations, not what runs",
     "make sanitize": "takes minutes; it runs test_sanitize.py",
     "make fuzz": "takes minutes; test_fuzz.py runs with fewer examples",
     "make bench": "takes minutes; test_benchmark.py runs the engine",
