@@ -7,11 +7,8 @@ the next patch, `align` fills the first patch with BOS, `padded` fills the last 
 id, as the official code does. Measured are Brier-1 to Brier-4 and BrierLM of the four tokens behind
 the prompt (the next patch of K = 4) on held-out text, from all pairs of draws at temperature 1, for
 every r = length mod K, with 95 % intervals over documents, and how much better than `padded` each
-way is on the same prompts. The run to publish, on an idle machine:
-
-    calm-rt quickstart --minutes 60 --output runs/prompts
-    python benchmarks/bench_prompts.py runs/prompts runs/prompts/data --prompts 500 \\
-        --json benchmarks/results/prompts-DATE.json
+way is on the same prompts. The longer the model was trained, the more there is to see: that of
+benchmarks/results is the quickstart's of five minutes.
 """
 
 import argparse
