@@ -101,6 +101,16 @@ def test_no_screen_where_no_kernel_takes_one() -> None:
     assert screen_vocabulary(torch.randn(2, 32769)) is None
 
 
+def test_compiled_code_searches_without_a_screen() -> None:
+    hidden, weight = torch.randn(2, 4), torch.randn(5, 4)
+
+    def search(hidden, weight):
+        return ops.linear_argmax(hidden, weight, screen_vocabulary(weight))
+
+    compiled = torch.compile(search, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden, weight), search(hidden, weight))
+
+
 def test_a_wrong_screen_is_refused() -> None:
     hidden, weight = torch.randn(3, 40), torch.randn(500, 40)
     for wrong in (torch.zeros(3, 4), torch.zeros(4, dtype=torch.int8)):

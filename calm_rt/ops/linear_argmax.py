@@ -73,13 +73,14 @@ def screen_vocabulary(weight: Tensor) -> Tensor | None:
     weight: [V, H] on the CPU.
     returns: [panels, bytes] int8, in the layout of this processor (not to be saved), V x H bytes
         (twice as many without AVX-512 VNNI); None where no kernel takes one: for float64, above
-        H = 32,768, on a GPU and without the extension.
+        H = 32,768, on a GPU, in compiled code and without the extension.
     Raises ValueError for another shape or type.
     """
     check_shape("weight", weight, V=None, H=None)
     check(weight.shape[0] >= 1, "weight", "at least one row", list(weight.shape))
     check_float("weight", weight)
     taken = weight.device.type == "cpu" and weight.dtype in SCREENED and weight.shape[1] <= LONGEST
+    taken = taken and not torch.compiler.is_compiling()  # as of Decoder, which then uses none
     if not taken or not _native.use_native("linear_argmax", weight, weight.dtype, DTYPES):
         return None
     return _native.call("screen_vocabulary", weight.detach())
