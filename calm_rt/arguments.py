@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calm_rt import checkpoint, tensor_files
 from calm_rt.data import Tokenizer, TokenShards, load_tokenizer, read_documents
+from calm_rt.documents import JSON_LINES, SHARDS
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check
 from calm_rt.options import PLAN_SIZES, TRAINING_OPTIONS
@@ -93,7 +94,7 @@ def documents_of(
     options: Namespace, vocab_size: int, patch_size: int
 ) -> tuple[list[Tensor], np.ndarray | None]:
     """Documents to evaluate on, and with token shards also the training tokens."""
-    if len(options.data) == 1 and (Path(options.data[0]) / "shards.json").is_file():
+    if len(options.data) == 1 and (Path(options.data[0]) / SHARDS).is_file():
         shards = TokenShards(options.data[0])
         expected = f"shards for patch_size {patch_size}"
         check(shards.patch_size == patch_size, "data", expected, shards.patch_size)
@@ -101,7 +102,7 @@ def documents_of(
         check(shards.vocab_size <= vocab_size, "data", expected, shards.vocab_size)
         return shards.held_out_documents(), shards.train_tokens
     for path in options.data:
-        shards = (Path(path) / "shards.json").is_file()
+        shards = (Path(path) / SHARDS).is_file()
         check(not shards, "data", "one folder of token shards, or text", options.data)
     tokenizer = tokenizer_of(options)
     expected = f"the model's of {vocab_size} tokens"
@@ -130,7 +131,7 @@ def prompts_of(options: Namespace) -> list[str]:
     except OSError as error:
         reason = f"{path} ({error.strerror})"
         raise ValueError(f"prompts: expected a file that can be read, got {reason}") from error
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() not in JSON_LINES:
         return lines
     prompts = []
     for number, line in enumerate(lines, 1):

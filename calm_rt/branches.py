@@ -60,6 +60,13 @@ class Reader(Protocol):
         """
 
 
+def text_config(model: object) -> Any:
+    """A model's configuration, of its language part where it has others; None for none."""
+    config = getattr(model, "config", None)
+    inner = getattr(config, "get_text_config", None)  # of transformers
+    return config if inner is None else inner()
+
+
 def reader_of(model: Callable[[Tensor], Any], text: Tensor, batch_size: int) -> Reader:
     """The fastest reader that the model's own logits on a piece of this text prove right.
 
@@ -67,7 +74,7 @@ def reader_of(model: Callable[[Tensor], Any], text: Tensor, batch_size: int) -> 
     batch_size: contexts in one forward pass where a branch's prefix is read again.
     """
     anew = Rereader(model, batch_size)
-    config = getattr(model, "config", None)
+    config = text_config(model)
     reach = min(getattr(config, name, None) or len(text) for name in REACHES)
     names = parameters_of(model)
     name = _first(CACHE_NAMES, names)

@@ -89,6 +89,8 @@ def _terms(
     token = owner.new_zeros(len(starts), num_paths)  # the first of each path
     at = 1  # the place after the first token of a piece
     for logits in reader.read(ids):
+        fits = int(ids.max()) < logits.shape[2]
+        check(fits, "documents", f"token ids below the model's {logits.shape[2]}", int(ids.max()))
         chances = logits.to(ids.device).double().softmax(-1)  # [B, n, V]
         wanted = ids[:, at : at + chances.shape[1]]
         here = chances[:, : wanted.shape[1]].gather(2, wanted[..., None]).squeeze(2)

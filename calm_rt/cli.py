@@ -50,19 +50,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if getattr(options, "hub", False):
                 commands.fetch(options)
             getattr(commands, options.command.replace("-", "_"))(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # else what fails would fail at the end, behind all handlers
     except KeyboardInterrupt as interrupt:
         print(f"\n{name}: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read has what it wanted, as of `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
     except Exception as error:
         message = _explain(error)
         if message is None:
             raise
         print(f"{name}: {message}", file=sys.stderr)
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:  # of a full disk: what is left goes nowhere
+            _drop_output()
         return 2
     return 0
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> Parser:

@@ -21,6 +21,7 @@ from calm_rt.arguments import (
     switches_of,
     tokenizer_of,
 )
+from calm_rt.atomic import scratch_folder
 from calm_rt.curves import finite, read_log
 from calm_rt.data import (
     load_tokenizer,
@@ -60,16 +61,17 @@ def tokenize(options: Namespace) -> None:
     output = Path(options.output)
     check(options.patch_size >= 1, "patch_size", "at least 1", options.patch_size)
     check(0 <= options.held_out < 1, "held_out", "a share in [0, 1)", options.held_out)
-    if options.tokenizer is None:
-        tokenizer = train_tokenizer(options.corpus, options.vocab_size, output)
-    else:
-        tokenizer = load_tokenizer(options.tokenizer)
-    documents = read_documents(options.corpus)
-    shards = write_shards(documents, tokenizer, output, options.patch_size, options.held_out)
-    copy_tokenizer(tokenizer.path.parent, output)
-    target = output / f"tokenizer{tokenizer.path.suffix}"
-    if tokenizer.path.resolve() != target.resolve():  # under any name
-        copy_file(tokenizer.path, target)
+    with scratch_folder(output, "output") as scratch:  # the old tokenizer stays with its shards
+        if options.tokenizer is None:
+            tokenizer = train_tokenizer(options.corpus, options.vocab_size, scratch)
+        else:
+            tokenizer = load_tokenizer(options.tokenizer)
+        documents = read_documents(options.corpus)
+        shards = write_shards(documents, tokenizer, output, options.patch_size, options.held_out)
+        copy_tokenizer(tokenizer.path.parent, output)
+        target = output / f"tokenizer{tokenizer.path.suffix}"
+        if tokenizer.path.resolve() != target.resolve():  # under any name
+            copy_file(tokenizer.path, target)
     drop_tokenizers(output, [target.name, *BESIDE_TOKENIZERS])
     header = shards.header
     if options.json:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from calm_rt import host
 from calm_rt.atomic import scratch_folder
-from calm_rt.documents import PathLike, default_corpus, read_documents
+from calm_rt.documents import SHARDS, PathLike, default_corpus, read_documents
 from calm_rt.ops.check import check
 from calm_rt.shuffle import shuffled
 from calm_rt.tokenizer import TextStream, Tokenizer, load_tokenizer, train_tokenizer
@@ -118,12 +118,10 @@ def write_shards(
             tokenizer=tokenizer.fingerprint,
             **special,
         )
-        (scratch / "shards.json").write_text(
-            json.dumps(dataclasses.asdict(header), indent=1) + "\n"
-        )
+        (scratch / SHARDS).write_text(json.dumps(dataclasses.asdict(header), indent=1) + "\n")
         # an old header never stands beside new tokens, whatever happens in between
-        (folder / "shards.json").unlink(missing_ok=True)
-        for file in ("tokens.bin", "documents.bin", "shards.json"):
+        (folder / SHARDS).unlink(missing_ok=True)
+        for file in ("tokens.bin", "documents.bin", SHARDS):
             os.replace(scratch / file, folder / file)
     return TokenShards(folder)
 
@@ -344,7 +342,7 @@ class TokenShards:
 
 
 def _read_header(folder: Path) -> Header:
-    path = folder / "shards.json"
+    path = folder / SHARDS
     if not path.is_file():
         raise ValueError(
             f"folder: {folder} holds no token shards (no shards.json); make them with write_shards "

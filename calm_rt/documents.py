@@ -11,6 +11,7 @@ from calm_rt.ops.check import check
 
 PathLike = str | os.PathLike[str]
 JSON_LINES = {".jsonl", ".ndjson"}
+SHARDS = "shards.json"  # in a folder of token shards
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -33,8 +34,8 @@ def read_documents(
     """Every document of the corpus, in the order of the paths and, in folders, of the file names.
 
     corpus: paths. A file is utf-8 text, or JSON lines with a "text" each (.jsonl, .ndjson, and a
-        .json file that is named itself). Of a folder every such file is read, hidden ones apart;
-        what is not utf-8 text there is skipped with a warning.
+        .json file that is named itself). Of a folder every such file is read, apart from hidden
+        ones and folders of token shards; what is not utf-8 text is skipped with a warning.
     suffixes: which files of a folder are read, such as [".py", ".md"]; None for all.
     max_characters: longer text files are cut at blank lines or line ends into several documents, so
         that a corpus of one big file can be split into training and held-out documents. JSON lines
@@ -59,7 +60,8 @@ def _documents(
     empty = True
     for path in paths:
         for file, named in _expand(path, suffixes):
-            if file.suffix in JSON_LINES or (named and file.suffix == ".json"):
+            suffix = file.suffix.lower()
+            if suffix in JSON_LINES or (named and suffix == ".json"):
                 texts = _json_lines(file)
             else:
                 try:
@@ -92,9 +94,12 @@ def _expand(path: Path, suffixes: Sequence[str] | None) -> Iterator[tuple[Path, 
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, sorted, hidden ones left out."""
+    """All files below a folder, sorted; hidden ones and folders of token shards are left out."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if SHARDS in names:  # made of what stands beside it
+            folders.clear()
+            continue
         for name in sorted(names):
             file = Path(parent, name)
             if not name.startswith(".") and file.is_file():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calm_rt import ops
+from calm_rt.branches import text_config
 from calm_rt.brier import (
     ORDERS,
     BrierLM,
@@ -123,17 +124,18 @@ def brier_lm(
     least = 2 if is_calm or draws else 1
     usual = 8 if least == 2 else 1
     num_draws = check_int("num_draws", usual if num_draws is None else num_draws, least)
-    config: Any = getattr(model, "config", None)
+    config: Any = text_config(model)
     patch_size = patch_size if patch_size is None else check_int("patch_size", patch_size, 1)
     own_size = config.patch_size if is_calm else patch_size or ORDERS
     check(patch_size in (None, own_size), "patch_size", f"the model's {own_size}", patch_size)
     longest = getattr(config, "max_position_embeddings", None)
-    if is_calm and longest:
-        most = longest * own_size
+    most = longest * own_size if is_calm and longest else longest
+    if block_size is not None or (is_calm and longest):
         block_size = check_int("block_size", most if block_size is None else block_size, 1)
         expected = f"a multiple of patch_size {own_size}, at most the model's longest"
-        check(block_size <= most, "block_size", f"{expected} {most}", block_size)
-    elif block_size is None and not is_calm:
+        fits = not most or block_size <= most
+        check(fits, "block_size", f"{expected} {most}", block_size)
+    elif not is_calm:
         longest = min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
         block_size = max(longest // own_size, 1) * own_size
     sizes = own_size, block_size, max_patches, is_calm, getattr(config, "vocab_size", None)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 from calm_rt.documents import PathLike
 from calm_rt.ops.check import check
@@ -36,11 +37,17 @@ def local_folder(path: PathLike, hub: bool, *, tokenizer: bool = False) -> Path:
     try:
         wanted = list(TOKENIZERS)
         if not tokenizer:
-            files = huggingface_hub.list_repo_files(name)
-            safe = any(file.startswith("model.safetensors") for file in files)
-            weights = "model*.safetensors*" if safe else "pytorch_model*"  # either holds all
-            wanted += ["config.json", weights]
+            wanted += ["config.json", *_weights(huggingface_hub, name)]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # of the network, the hub, the disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"hub: cannot fetch {name} ({reason})") from error
+
+
+def _weights(hub: ModuleType, name: str) -> list[str]:
+    """Which files to ask for: safetensors or pickles, either holds all; offline what is there."""
+    kinds = ["model*.safetensors*", "pytorch_model*"]
+    if hub.constants.HF_HUB_OFFLINE:
+        return kinds
+    safe = any(file.startswith("model.safetensors") for file in hub.list_repo_files(name))
+    return kinds[:1] if safe else kinds[1:]

@@ -77,8 +77,11 @@ def parse_temperature(temperature: float | Fraction | str, method: str = "pool")
     exact = method == "exact"
     expected = "a number in (0, 1]" if exact else "0, or 1/n such as 1, 1/2 or 0.25"
     try:
-        rational = isinstance(temperature, Rational | str)
-        value = Fraction(temperature) if rational else Fraction(float(temperature))
+        if isinstance(temperature, Rational):  # of numpy ints Fraction would keep the parts
+            value = Fraction(int(temperature.numerator), int(temperature.denominator))
+        else:
+            text = isinstance(temperature, str)
+            value = Fraction(temperature if text else float(temperature))
     except (ValueError, OverflowError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"temperature: expected {expected}, got {temperature!r}") from error
     if value == 0 and not exact:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,17 @@ def test_logits_are_bounded_where_a_vocabulary_is_large(monkeypatch):
         calm_rt.brier_lm(model, make_documents(200), num_bootstrap=1, batch_size=4, max_patches=30)
         # reading anew gives all logits of a window once; of the 90 contexts it gives a few each
         assert counter.rows <= (40 if name == "cached" else 200)
+
+
+def test_a_window_of_the_language_part_counts():
+    model, seen = make_model(), []
+    counter = Counter(model)
+    inner = SimpleNamespace(sliding_window=16, max_position_embeddings=40, vocab_size=VOCAB_SIZE)
+    model.config.get_text_config = lambda *_, **__: seen.append(1) or inner
+    with pytest.raises(ValueError, match=r"block_size: .*the model's longest 40, got 44"):
+        calm_rt.brier_lm(model, make_documents(44), block_size=44)
+    score = calm_rt.brier_lm(model, make_documents(200), num_bootstrap=1, max_patches=10)
+    assert score.block_size == 40 and counter.tokens > 10 * 40  # read anew
 
 
 def test_16_bit_models_use_the_cache():

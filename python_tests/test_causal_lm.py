@@ -127,6 +127,7 @@ def collisions():
         (chain_logits, {"patch_size": 0}, "patch_size"),
         (chain_logits, {"block_size": 6}, "block_size"),
         (lambda ids: ids, {}, r"model\(ids\): expected logits \[B, T, V\]"),
+        (lambda ids: torch.zeros(*ids.shape, 2), {}, "documents: .*below the model's 2, got 2"),
         (lambda ids: TRANSITIONS, {}, r"model\(ids\): expected logits"),
         (SimpleNamespace(draw=lambda contexts, count: None), {}, "model.draw: expected"),
     ],

@@ -72,6 +72,22 @@ def test_tokenize(folder, tmp_path, capsys):
     assert (tmp_path / "tokenizer.model").is_file()
 
 
+def test_tokenize_that_fails_leaves_what_was_there(folder, fails, tmp_path):
+    output, one = tmp_path / "data", tmp_path / "one.txt"
+    shutil.copytree(folder / "data", output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    one.write_text("a line of text that is a single document\n" * 40)
+    fails(["tokenize", one, "--output", output, "--vocab-size", 280], "none can be held out")
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_tokenize_does_not_read_what_it_wrote(folder, tmp_path, capsys):
+    shutil.copy(folder / "corpus.jsonl", tmp_path)
+    command = ["tokenize", tmp_path, "--output", tmp_path / "data", "--vocab-size", 300, "--json"]
+    first, second = (json.loads(output_of(capsys, *command)) for _ in range(2))
+    assert first == second
+
+
 def test_tokenize_again_with_another_tokenizer(folder, tmp_path):
     """The one before would be read first."""
     tokenizers = pytest.importorskip("tokenizers")

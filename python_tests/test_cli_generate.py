@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 from small_runs import lines_of, output_of
 
@@ -139,10 +141,38 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     """As of `calm-rt info | head -1`."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "calm_rt", "info"]
-    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    result = run_info(write)
     os.close(write)
     assert (result.returncode, result.stderr) == (141, "")
+
+
+def run_info(output) -> subprocess.CompletedProcess:
+    """`calm-rt info`, whose output is held back until its end, as output into a file or pipe is."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "calm_rt", "info"]
+    return subprocess.run(
+        command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_does_not_fit():
+    with open("/dev/full", "w") as full:
+        result = run_info(full)
+    assert result.returncode == 2
+    assert (
+        result.stderr.startswith("calm-rt info: the disk is full")
+        and "\n" not in result.stderr[:-1]
+    )
+
+
+@pytest.mark.parametrize("ending", ["ndjson", "JSONL"])
+def test_prompts_in_json_lines_of_any_ending(ending, folder, tmp_path, capsys):
+    file = tmp_path / f"prompts.{ending}"
+    file.write_text('{"prompt": "The cat"}\n')
+    command = ["generate", "--model", folder / "calm", "--max-new-tokens", 2, "--prompts", file]
+    [line] = lines_of(capsys, *command, "--json")
+    assert line["prompt"] == "The cat"
 
 
 def test_no_memory_is_explained(folder, capsys, monkeypatch):

@@ -280,7 +280,8 @@ class FakeHub(SimpleNamespace):
     """What of huggingface_hub is used: repositories are folders here."""
 
     def __init__(self, root):
-        super().__init__(root=root, fetched=[])
+        constants = SimpleNamespace(HF_HUB_OFFLINE=False)
+        super().__init__(root=root, fetched=[], constants=constants)
 
     def list_repo_files(self, name):
         if not (self.root / name).is_dir():
@@ -313,6 +314,13 @@ def test_a_repository_is_fetched_where_that_is_asked_for(hub, autoencoder, tmp_p
     assert_same(autoencoder, calm_rt.load(output))
     assert_same(autoencoder, calm_rt.load(tmp_path / "autoencoder", hub=True))  # a folder is one
     assert len(hub.fetched) == 3
+
+
+def test_offline_the_files_that_are_there_are_taken(hub, autoencoder):
+    hub.constants.HF_HUB_OFFLINE, hub.list_repo_files = True, None  # which asks the network
+    assert_same(autoencoder, calm_rt.load("owner/model", hub=True))
+    [(_, patterns)] = hub.fetched
+    assert {"model*.safetensors*", "pytorch_model*"} <= set(patterns)
 
 
 def test_nothing_is_fetched_otherwise(hub, capsys):

@@ -83,10 +83,17 @@ def test_temperature_between_names_its_neighbours(given, neighbours):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [(0.75, Fraction(3, 4)), ("0.7", Fraction(7, 10)), (1 / 3, Fraction(1, 3)), (1, Fraction(1))],
+    [
+        (np.int64(1), Fraction(1)),
+        (0.75, Fraction(3, 4)),
+        ("0.7", Fraction(7, 10)),
+        (1 / 3, Fraction(1, 3)),
+        (1, Fraction(1)),
+    ],
 )
 def test_algorithm_1_has_every_temperature_up_to_one(given, expected):
-    assert parse_temperature(given, "exact") == expected
+    found = parse_temperature(given, "exact")
+    assert found == expected and type(found.numerator) is int
 
 
 @pytest.mark.parametrize("zero", [0, "0", -0.0])
