@@ -36,7 +36,8 @@ class Steps:
             self._drawn = torch.zeros(most, size, patch_size + 2, **whole)
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            self._capture()
+            with torch.cuda.device(device):  # a graph is of the current one's stream
+                self._capture()
 
     def run(self, patches: Tensor, rows: Tensor, seed: int, count: int) -> Tensor:
         """Takes `count` steps; the caches then hold what was read.
@@ -53,8 +54,9 @@ class Steps:
         self._ended[number:].fill_(True)
         self._seed.fill_(seed)
         self._step.zero_()
-        for _ in range(count):
-            self._take() if self._graph is None else self._graph.replay()
+        with torch.cuda.device_of(self._drawn):
+            for _ in range(count):
+                self._take() if self._graph is None else self._graph.replay()
         return self._drawn[:count, :number]
 
     def _take(self) -> None:

@@ -1,5 +1,6 @@
 """Steps without a look by the host: the same texts, and nothing that a CUDA graph forbids."""
 
+import contextlib
 import copy
 
 import pytest
@@ -74,6 +75,28 @@ def test_texts_are_those_of_single_steps(model, pools, steps, temperature):  # n
 def test_cuda_texts_are_those_of_single_steps(model, pools, temperature):  # noqa: F811
     """In batches of one size, for a row's rounding depends on it there."""
     check_texts(copy.deepcopy(model).to("cuda"), 5, temperature, max_batch_size=3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device here")
+def test_cuda_texts_on_a_second_device(model):  # noqa: F811
+    check_texts(copy.deepcopy(model).to("cuda:1"), 5, "1/2", max_batch_size=3)
+
+
+def test_steps_are_taken_on_their_own_device(model, monkeypatch):  # noqa: F811
+    """Not on the current one, whose stream a graph would be captured on and replayed in."""
+    current = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    take, devices = Steps._take, []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(Steps, "_take", lambda steps: (devices.extend(current), take(steps)))
+    check_texts(model, 5, "1/2")
+    assert set(devices) == {torch.device("cpu")} and not current
 
 
 def test_several_steps_are_run_at_once(model, monkeypatch):  # noqa: F811
