@@ -8,7 +8,6 @@ only.
 import copy
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from calm_rt import ops
@@ -89,6 +88,6 @@ class Draws:
 
     def uniforms(self, stream: Stream, number: int, count: int, length: int) -> Tensor:
         """Uniform numbers for each draw of a round.  returns: [B, count, length] float64."""
-        key, options = self.key(number), {"distribution": "uniform", "dtype": torch.float64}
-        values = ops.noise(self.rows, count, length, seed=key, stream=stream, **options)
-        return values.transpose(0, 1)
+        options = {"seed": self.key(number), "stream": stream, "distribution": "uniform"}
+        values = ops.noise(self.rows, count, length, **options)  # in steps of 2^-24: exact in float
+        return values.transpose(0, 1).double()

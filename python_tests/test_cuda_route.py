@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from planted import PlantedDraws
 from test_ops import all_cases
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
@@ -51,6 +52,14 @@ def test_every_op_compiles_into_one_graph(case: Case, claimed: None) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(getattr(ops, case.op), fullgraph=True, backend="eager")
     compiled(**on_cuda(case))
+
+
+def test_numbers_of_choices_are_drawn_by_the_kernel(claimed: None) -> None:
+    patches, weights = (torch.empty(2, size, device="cuda") for size in (3, 5))
+    seed, rows = (torch.empty(s, dtype=torch.int64, device="cuda") for s in ((), 2))
+    draws = PlantedDraws(patches, weights, seed, rows)
+    for numbers in (draws.choice(), draws.places(1, 4, 2), draws.acceptance(1, 5)):
+        assert numbers.device.type == "cuda" and numbers.dtype == torch.float64
 
 
 def test_an_older_gpu_takes_the_reference_and_says_why(

@@ -247,6 +247,17 @@ def test_planted_defect_is_found(sample: Callable[..., np.ndarray], name: str) -
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
+def test_uniforms_are_the_same_in_float_and_double(backend: str) -> None:
+    """So a GPU, which has no kernel for double, draws what a choice on the CPU reads."""
+    rows, options = torch.arange(500), {"seed": 1, "stream": 3, "distribution": "uniform"}
+    with calm_rt.backend(backend):
+        u, exact = (
+            ops.noise(rows, 2, 67, **options, dtype=t) for t in (torch.float32, torch.float64)
+        )
+    assert torch.equal(u.double(), exact)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_uniforms_of_16_bits_stay_below_1(backend: str, dtype: torch.dtype) -> None:
     with calm_rt.backend(backend):
