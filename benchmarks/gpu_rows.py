@@ -109,21 +109,19 @@ CASES = (
 
 
 def measure(one: Case, among: Sequence[str] = benchmark.RIVALS) -> list[dict[str, Any]]:
-    """With gradients where the op has them: that is the work of a training step. A rival that
-    fails (of memory, say, or Liger's compiler) leaves native alone, and its error in the row."""
+    """With gradients where the op has them: that is the work of a training step. What fails but
+    native itself leaves its error in native's row."""
     passes, rivals = benchmark.passes_of(one)[-1], benchmark.rivals_of(one, among, "cuda")
-    failure = {}
-    try:
-        rows = benchmark.measure(one, passes, rivals, "cuda", ROUNDS, memory=True)
-    except Exception as error:
-        failure = {"rivals_failed": f"{type(error).__name__}: {error}"}
-        print(f"{one}, rivals: {error}", file=sys.stderr)
-    if failure:  # outside of the clause, where the error would hold on to memory
-        torch.cuda.empty_cache()
-        rows = benchmark.measure(one, passes, ["native"], "cuda", ROUNDS, memory=True)
+    failed: dict[str, str] = {}
+    rows = benchmark.measure(one, passes, rivals, "cuda", ROUNDS, memory=True, failed=failed)
     [native] = [row for row in rows if row["rival"] == "native"]
-    native |= failure
-    native["kernels"] = kernel_times(one, "backward" in passes)
+    try:
+        native["kernels"] = kernel_times(one, "backward" in passes)
+    except Exception as error:
+        failed["kernels"] = f"{type(error).__name__}: {error}"
+    if failed:
+        print(f"{one}: {failed}", file=sys.stderr)
+        native["failed"] = failed
     return rows
 
 

@@ -96,45 +96,75 @@ def route(rival: str) -> _native.backend:
 
 
 def compete(
-    calls: dict[str, Call], device: str, rounds: int, seconds: float = math.inf
+    calls: dict[str, Call],
+    device: str,
+    rounds: int,
+    seconds: float = math.inf,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Times calls against each other; every round times each once, in an order that turns.
 
     rounds: at most; at least 3, and no more once `seconds` are over.
+    failed: takes the errors of rivals, which are left out from there on; None raises them.
     returns: seconds of one call, for each rival a list of the rounds.
     """
     repeats = {}
     for rival, call in calls.items():
-        with route(rival):
+        with route(rival), _error_in(failed, rival):
             _timed(call, 1, device)  # compiles, and fills the allocator
             repeats[rival] = max(1, math.ceil(SAMPLE_SECONDS / _timed(call, 1, device)))
-    times: dict[str, list[float]] = {rival: [] for rival in calls}
-    order, end = list(calls), time.perf_counter() + seconds
+    times: dict[str, list[float]] = {rival: [] for rival in repeats}
+    order, end = list(repeats), time.perf_counter() + seconds
     with _no_garbage_collection():
         for count in range(rounds):
             if count >= min(3, rounds) and time.perf_counter() > end:
                 break
             for rival in order:
-                with route(rival):
+                with route(rival), _error_in(failed, rival):
                     times[rival].append(_timed(calls[rival], repeats[rival], device))
-            order = order[1:] + order[:1]
-    return times
+            order = [rival for rival in order[1:] + order[:1] if rival not in (failed or ())]
+    return {rival: times[rival] for rival in repeats if rival in order}
+
+
+@contextlib.contextmanager
+def _error_in(failed: dict[str, str] | None, rival: str) -> Iterator[None]:
+    """Puts an error there, if that is a place and the rival not native, which must not fail."""
+    try:
+        yield
+    except Exception as error:
+        if failed is None or rival == "native":
+            raise
+        failed[rival] = f"{type(error).__name__}: {error}"
 
 
 def measure(
-    case: Case, passes: str, rivals: Sequence[str], device: str, rounds: int, memory: bool
+    case: Case,
+    passes: str,
+    rivals: Sequence[str],
+    device: str,
+    rounds: int,
+    memory: bool,
+    failed: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of one case and pass, one a rival."""
+    """The rows of one case and pass, one a rival.
+
+    failed: takes the errors of rivals (of memory, say, or of a compiler); None raises them.
+    """
     backward = "backward" in passes
     torch.compiler.reset()
-    arguments = {rival: make_arguments(case, rival, device) for rival in rivals}
-    calls = {rival: contender(case, rival, arguments[rival], backward) for rival in arguments}
-    times = compete(calls, device, rounds)
+    arguments, calls = {}, {}
+    for rival in rivals:
+        with _error_in(failed, rival):
+            arguments[rival] = make_arguments(case, rival, device)
+            calls[rival] = contender(case, rival, arguments[rival], backward)
+    times = compete(calls, device, rounds, failed=failed)
     cost = getattr(costs, case.op)(backward, **arguments["native"])
     gradient = sum(leaf.nbytes for leaf in case.leaves(arguments["native"])) if backward else 0
     rows = []
-    for rival in rivals:
-        peak = peak_memory(case, rival, backward, device) if memory else None
+    for rival in times:
+        peak = None
+        with _error_in(failed, f"{rival}, memory"):
+            peak = peak_memory(case, rival, backward, device) if memory else None
         rows.append(
             {
                 "kind": "op",

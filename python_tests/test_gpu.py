@@ -182,22 +182,36 @@ def test_every_large_case_is_an_op_with_a_cost(gpu_rows) -> None:
     assert set(gpu_rows.TIER_CASES) < set(map(str, gpu_rows.CASES))
 
 
-def test_a_failed_rival_or_case_leaves_the_others(gpu_rows, monkeypatch, tmp_path) -> None:
-    def measure(case, passes, rivals, *_, **__):
+def test_what_fails_leaves_the_others(gpu_rows, monkeypatch, tmp_path) -> None:
+    """A rival, the profiler, or a whole case."""
+
+    def measure(case, passes, rivals, *_, failed, **__):
         if case.op == "noise":
             raise ValueError("of noise itself")
-        if len(rivals) > 1:
-            raise KeyError("of a rival")
-        return [{"case": str(case), "rival": "native"}]
+        failed["compiled"] = "of a rival"
+        return [{"case": str(case), "rival": rival} for rival in rivals if rival != "compiled"]
+
+    def kernel_times(case, backward):
+        if case.op == "encode":
+            raise RuntimeError("of the profiler")
+        return {"kernel": 1.0}
 
     monkeypatch.setattr(gpu_rows.benchmark, "measure", measure)
     monkeypatch.setattr(gpu_rows.benchmark, "machine", lambda device: {})
     monkeypatch.setattr(gpu_rows.benchmark, "limits", lambda device: {})
-    monkeypatch.setattr(gpu_rows, "kernel_times", lambda case, backward: {})
+    monkeypatch.setattr(gpu_rows, "kernel_times", kernel_times)
     monkeypatch.setattr(gpu_rows, "measure_tier", lambda path: [{"rival": "library_tier"}])
     assert gpu_rows.main(tmp_path / "rows.json") == 1
     result = json.loads((tmp_path / "rows.json").read_text())
     assert list(result["errors"].values()) == ["of noise itself"]
-    tier, *native = result["rows"]
-    assert tier == {"rival": "library_tier"} and len(native) == len(gpu_rows.CASES) - 1
-    assert all(row["rivals_failed"] == "KeyError: 'of a rival'" for row in native)
+    tier, *rows = result["rows"]
+    assert tier == {"rival": "library_tier"} and {"official", "native"} <= {
+        row["rival"] for row in rows
+    }
+    native = [row for row in rows if row["rival"] == "native"]
+    assert len(native) == len(gpu_rows.CASES) - 1
+    for row in native:
+        failed = {"compiled": "of a rival"}
+        if row["case"].startswith("encode"):
+            failed["kernels"] = "RuntimeError: of the profiler"
+        assert row["failed"] == failed and ("kernels" in row) == ("kernels" not in failed)
