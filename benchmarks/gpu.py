@@ -3,10 +3,11 @@
     python benchmarks/gpu.py [--output DIR] [PART ...]
 
 Runs with this Python and its own torch; nothing is fetched from a network. A part is a few commands
-in processes of their own with a limit of time; one that fails does not stop the next. What came of
-them goes to benchmarks/results/<device>-<date>.json, the table of rows to the same name with .md,
-the whole output of a part to build/gpu/<part>.log. Exit status: 0 if every part passed, 1 otherwise
-or without a GPU.
+in processes of their own with a limit of time; one that fails does not stop the next, but without
+an extension there is none: where it cannot be built, that of a wheel in .whl/ or dist/ is taken.
+After each part what came of it goes to benchmarks/results/<device>-<date>.json, the table of rows
+to the same name with .md; the whole output is in .log, rows of a benchmark that was ended from
+outside are in .rows.json. Exit status: 0 if every part passed, 1 otherwise or without a GPU.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "gpu"
 RESULTS = ROOT / "benchmarks" / "results"
-ROWS = BUILD / "rows.json"  # what gpu_rows.py has measured so far
-TOTAL_SECONDS = 600
-LAST_LINES = 25  # of a failed part's output that are shown
+ROWS = "ROWS"  # in a command: the file for the benchmark's rows
+EXTENSION = "calm_rt/_C.abi3.so"
+TOTAL_SECONDS = 560  # of ten minutes, with torch's import and the last part's end
+LAST_LINES = 80  # of a failed part's output that are shown
 RIVALS = {  # columns of the table: how many times as long they take
     "official": "x official",
     "compiled": "x compiled",
@@ -41,6 +43,11 @@ RIVALS = {  # columns of the table: how many times as long they take
 }
 SANITIZED = "cuda and (two_runs or views and offset and argmax)"  # of test_ops.py
 WORKERS = 8  # of pytest-xdist: the laws are many small calls, of which most time passes on the host
+STUCK_SECONDS = 60  # after which a test's threads are shown
+CHECK = """import sys, torch
+from calm_rt import _native
+sys.exit(_native.why_reference("noise", "cuda", torch.float32, {"cuda": (torch.float32,)}))
+"""
 
 Command = list[str]
 
@@ -49,7 +56,7 @@ Command = list[str]
 class Part:
     """One thing to do on the GPU.
 
-    what: in words.  seconds: for all of its commands.
+    what: in words.  seconds: kept for all of its commands, however long the parts before take.
     commands: makes them, or raises Missing.
     environment: variables that its commands get beside this process's own.
     """
@@ -65,23 +72,35 @@ class Missing(Exception):
 
 
 def build_commands() -> list[Command]:
-    install = ["install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
+    install = ["install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
     return [
         [sys.executable, "-m", "pip", *install],
         [sys.executable, "-m", "calm_rt", "info"],
+        *check_commands(),
     ]
 
 
+def check_commands() -> list[Command]:
+    """That torch loads the extension and finds its CUDA kernels."""
+    return [[sys.executable, "-c", CHECK]]
+
+
 def pytest_command(*arguments: str, select: str = "cuda") -> Command:
+    """Each test is named before it runs, so that the last names tell which one hangs."""
     if importlib.util.find_spec("pytest") is None:
         raise Missing("pytest is not installed for this Python")
-    return [sys.executable, "-m", "pytest", "-q", "-k", select, *arguments]
+    options = ["-v", "-o", f"faulthandler_timeout={STUCK_SECONDS}", "-k", select]
+    return [sys.executable, "-m", "pytest", *options, *arguments]
 
 
 def law_commands() -> list[Command]:
-    parallel = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
+    options = ["--durations=20"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(WORKERS)]
+    if importlib.util.find_spec("pytest_timeout"):  # a worker that hangs leaves the others' tests
+        options += [f"--timeout={2 * STUCK_SECONDS}", "--timeout-method=thread"]
     names = "test_ops", "test_cuda", "test_select_patch", "test_survivors", "test_replay"
-    return [pytest_command(*parallel, *(f"python_tests/{name}.py" for name in names))]
+    return [pytest_command(*options, *(f"python_tests/{name}.py" for name in names))]
 
 
 def conformance_commands() -> list[Command]:
@@ -94,33 +113,44 @@ def conformance_commands() -> list[Command]:
     ]
 
 
-def sanitizer_commands() -> list[Command]:
-    """Both tools over two calls of every op, and argmax of misaligned views; our kernels alone."""
+def sanitizer_commands(name: str, *options: str) -> list[Command]:
+    """A tool over two calls of every op, and argmax of misaligned views; our kernels alone."""
     tool = find_tool("compute-sanitizer")
     listing = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout
     only = "--kernel-name" if "--kernel-name" in listing else "--filter"
     tests = pytest_command("python_tests/test_ops.py", select=SANITIZED)
-    options = [only, "kns=calm_rt", "--error-exitcode", "9", "--target-processes", "all"]
-    return [[tool, "--tool", name, *options, *tests] for name in ("memcheck", "racecheck")]
+    options += (only, "kns=calm_rt", "--error-exitcode", "9", "--target-processes", "all")
+    return [[tool, "--tool", name, *options, *tests]]
+
+
+def memcheck_commands() -> list[Command]:
+    # calls of the driver that torch makes to see whether they fail are no errors
+    return sanitizer_commands("memcheck", "--report-api-errors", "no")
+
+
+def racecheck_commands() -> list[Command]:
+    return sanitizer_commands("racecheck")
 
 
 def bench_commands() -> list[Command]:
-    return [[sys.executable, "benchmarks/gpu_rows.py", str(ROWS)]]
+    return [[sys.executable, "benchmarks/gpu_rows.py", ROWS]]
 
 
+NEEDS_CUDA = {"CALM_RT_CUDA": "ON"}  # what is missing for it is an error
 PARTS = {
-    "build": Part(  # without nvcc it fails, where AUTO would leave the kernels out
-        "the extension, with this machine's torch", 150, build_commands, {"CALM_RT_CUDA": "ON"}
+    "build": Part("the extension, with this machine's torch", 120, build_commands, NEEDS_CUDA),
+    "conformance": Part(
+        "each primitive, on the device as simulated", 40, conformance_commands, NEEDS_CUDA
     ),
-    "laws": Part("every law on cuda; streams, graphs, bad input, 2^31 scores", 160, law_commands),
-    "conformance": Part("each primitive, on the device as simulated", 40, conformance_commands),
-    "sanitizer": Part(  # torch's cache would hide what lies past a tensor in a block of its own
-        "memcheck and racecheck over every kernel",
-        90,
-        sanitizer_commands,
+    "laws": Part("every law on cuda; streams, graphs, bad input, 2^31 scores", 150, law_commands),
+    "memcheck": Part(  # torch's cache would hide what lies past a tensor in a block of its own
+        "memory accesses of every kernel",
+        50,
+        memcheck_commands,
         {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     ),
-    "bench": Part("every op against its rivals", 160, bench_commands),
+    "racecheck": Part("races in every kernel", 50, racecheck_commands),
+    "bench": Part("every op against its rivals", 150, bench_commands),
 }
 
 
@@ -144,31 +174,31 @@ def device_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def run_part(name: str, part: Part, seconds: float) -> dict[str, Any]:
+def run_part(name: str, part: Part, seconds: float, path: Path) -> dict[str, Any]:
     """Runs a part's commands until one fails or the time is over.
 
-    seconds: what is left of all parts' time; the part's own limit holds too.
+    path: of the result, beside which output and rows are written.
     returns: {"passed", "seconds", "reason" where it did not pass}.
     """
     start = time.monotonic()
-    limit = min(part.seconds, seconds)
-    BUILD.mkdir(parents=True, exist_ok=True)
-    log = BUILD / f"{name}.log"
-    reason = None
-    try:
-        with log.open("w") as out:
-            for command in part.commands():
-                left = limit - (time.monotonic() - start)
+    reason, log = None, path.with_suffix(".log")
+    with log.open("a") as out:
+        before = out.tell()
+        try:
+            for words in part.commands():
+                command = [str(rows_beside(path)) if word == ROWS else word for word in words]
+                print(f"== {name}: {' '.join(command)}", file=out, flush=True)
+                left = seconds - (time.monotonic() - start)
                 reason = run_command(command, left, out, part.environment)
                 if reason is not None:
                     break
-    except Missing as missing:
-        reason = str(missing)
+        except (Missing, OSError) as error:
+            reason = str(error)
     result = {"passed": reason is None, "seconds": round(time.monotonic() - start, 1)}
     if reason is None:
         return result
-    if log.exists():
-        print("\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:]))
+    output = log.read_bytes()[before:].decode(errors="replace")
+    print("\n".join(output.splitlines()[-LAST_LINES:]))
     return result | {"reason": reason}
 
 
@@ -178,10 +208,14 @@ def run_command(
     """Why it did not end well; None if it did. Whatever it started ends with it."""
     if seconds <= 0:
         return "no time was left"
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2", **variables}
     # in a session of its own, so that an end on time also reaches what it started
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment() | variables,
+        stdout=out,
+        stderr=out,
+        start_new_session=True,
     )
     try:
         status = process.wait(timeout=seconds)
@@ -192,30 +226,45 @@ def run_command(
     return None if status == 0 else f"exit status {status}: {' '.join(command)}"
 
 
+def environment() -> dict[str, str]:
+    """This process's, with programs beside this Python (cmake, ninja) and this checkout first."""
+    first = {"PATH": str(Path(sys.executable).parent), "PYTHONPATH": str(ROOT)}
+    paths = {
+        name: os.pathsep.join(filter(None, (folder, os.environ.get(name))))
+        for name, folder in first.items()
+    }
+    return {**os.environ, **paths, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
+
+
+def unpack_wheel() -> str | None:
+    """Takes the extension out of a wheel that was brought here.  returns: the wheel's name."""
+    for wheel in [*ROOT.glob(".whl/calm_rt-*.whl"), *ROOT.glob("dist/calm_rt-*.whl")]:
+        with zipfile.ZipFile(wheel) as packed:
+            if EXTENSION in packed.namelist():
+                packed.extract(EXTENSION, ROOT)
+                return wheel.name
+    return None
+
+
 def result_name(device: str, date: str) -> str:
     """h200-2026-11-25.json for an NVIDIA H200."""
     words = re.findall(r"[a-z0-9]+", device.lower())
     return "-".join([*(word for word in words if word != "nvidia"), date]) + ".json"
 
 
-def write_result(result: dict[str, Any], folder: Path) -> Path:
-    """Writes the result, and beside it the table of its rows where it has some; those of the same
-    device and day are replaced.
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Writes the result, and beside it the table of its rows where it has some.
 
     result: device, date, commit, parts, and what gpu_rows.py measured.
-    returns: path of the result.
     """
-    path = folder / result_name(result["device"], result["date"][:10])
     write_whole(path, json.dumps(result, indent=1) + "\n")
     if result.get("rows"):
         head = f"{result['device']}, {result['date']}, commit {result.get('commit', '')}"
         write_whole(path.with_suffix(".md"), f"{head}\n\n{table(result)}\n")
-    return path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes the file whole or not at all, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the file whole or not at all."""
     unfinished = tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=".unfinished-", delete=False
     )
@@ -238,9 +287,14 @@ def commit() -> str:
         return ""
 
 
-def read_rows() -> dict[str, Any]:
+def rows_beside(path: Path) -> Path:
+    """Where gpu_rows.py writes what it has measured so far, by the path of the result."""
+    return path.with_suffix(".rows.json")
+
+
+def read_rows(path: Path) -> dict[str, Any]:
     """The benchmark part's rows as far as it came."""
-    return json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -268,6 +322,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    start = time.monotonic()  # before torch is imported, which takes seconds
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
@@ -283,18 +338,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    start, date = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    ROWS.unlink(missing_ok=True)  # of an earlier run
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    path = options.output / result_name(device, date[:10])  # replaces that of the same day
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = rows_beside(path)
+    for old in (path.with_suffix(".log"), rows):
+        old.unlink(missing_ok=True)
     result: dict[str, Any] = {"device": device, "date": date, "commit": commit(), "parts": {}}
-    for name in options.parts or PARTS:
+    names = options.parts or list(PARTS)
+    for place, name in enumerate(names):
         part = PARTS[name]
         print(f"{name}: {part.what}", flush=True)
-        left = TOTAL_SECONDS - (time.monotonic() - start)
-        outcome = run_part(name, part, left)
+        later = sum(PARTS[other].seconds for other in names[place + 1 :])
+        left = TOTAL_SECONDS - later - (time.monotonic() - start)
+        outcome = run_part(name, part, left, path)
+        usable = outcome["passed"] or name != "build"
+        if not usable and (wheel := unpack_wheel()):
+            usable = run_part(name, Part(wheel, 30, check_commands), 30, path)["passed"]
+            outcome["instead"] = f"the extension of {wheel}" + ("" if usable else ", which fails")
         result["parts"][name] = outcome
-        print(f"{name}: {outcome.get('reason', 'passed')} ({outcome['seconds']} s)", flush=True)
-        path = write_result(result | read_rows(), options.output)
-    result |= read_rows()
+        ended = ", ".join(outcome[key] for key in ("reason", "instead") if key in outcome)
+        print(f"{name}: {ended or 'passed'} ({outcome['seconds']} s)", flush=True)
+        write_result(result | read_rows(rows), path)
+        if not usable:
+            break
+    result |= read_rows(rows)
+    rows.unlink(missing_ok=True)  # the result has them
     if result.get("rows"):
         print(table(result))
     print(f"{path}")

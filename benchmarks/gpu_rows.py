@@ -135,7 +135,9 @@ def measure_tier(path: Path) -> list[dict[str, Any]]:
     result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)
-    return [{**row, "rival": "library_tier"} for row in json.loads(path.read_text())["rows"]]
+    rows = json.loads(path.read_text())["rows"]
+    path.unlink()
+    return [{**row, "rival": "library_tier"} for row in rows]
 
 
 def kernel_times(one: Case, backward: bool) -> dict[str, float]:
@@ -166,7 +168,7 @@ def main(path: Path, tier_cases: Sequence[str] = ()) -> int:
     results |= {"limits": benchmark.limits("cuda"), "rows": [], "errors": {}}
     write_json(path, results)
     torch.cuda.empty_cache()
-    works = {"library_tier": functools.partial(measure_tier, path.with_name("tier.json"))}
+    works = {"library_tier": functools.partial(measure_tier, path.with_suffix(".tier.json"))}
     works |= {str(one): functools.partial(measure, one) for one in CASES}
     for name, work in works.items():
         try:

@@ -59,38 +59,17 @@ def test_time_ends_the_rounds_after_three():
 
 @pytest.mark.parametrize("fails_at", [1, 5])  # while it warms up, in the third round
 def test_a_rival_that_fails_is_left_out_with_its_error(fails_at):
-    count = 0
+    count = iter(range(1, 100))
 
     def fail():
-        nonlocal count
-        count += 1
-        if count == fails_at:
-            raise MemoryError("too little")
         _spin(0.002)
+        if next(count) == fails_at:
+            raise MemoryError("too little")
 
     calls, failed = {"compiled": fail, "native": lambda: _spin(0.002)}, {}
     times = benchmark.compete(calls, "cpu", rounds=4, failed=failed)
-    assert len(times.pop("native")) == 4 and not times and count == fails_at
+    assert len(times.pop("native")) == 4 and not times and next(count) == fails_at + 1
     assert failed == {"compiled": "MemoryError: too little"}
-    calls = {"native": fail}
-    for errors in (None, {}):  # native must not fail
-        count = 0
-        with pytest.raises(MemoryError):
-            benchmark.compete(calls, "cpu", rounds=4, failed=errors)
-
-
-def test_rows_are_those_of_rivals_that_ran(monkeypatch):
-    def no_memory(case, rival, *_):
-        raise RuntimeError("no probe")
-
-    monkeypatch.setattr(official, TINY[0].op, None)
-    monkeypatch.setattr(benchmark, "peak_memory", no_memory)
-    arguments, failed = (TINY[0], "forward", ["official", "native"], "cpu", 1, True), {}
-    [row] = benchmark.measure(*arguments, failed=failed)
-    assert row["rival"] == "native" and row["median_ms"] > 0 and row["peak_extra_bytes"] is None
-    assert list(failed) == ["official", "native, memory"]
-    with pytest.raises(TypeError):
-        benchmark.measure(*arguments)
 
 
 def _spin(seconds):
