@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import wheel_matrix
+from needs import need
+from test_primitives import NVCC
 from wheel_matrix import SMOKE
 
 import calm_rt
@@ -138,6 +140,40 @@ def test_layout_of_kernels(tmp_path: Path) -> None:
         for arguments in (noise, *binding)
     ]
     assert [run.wait() for run in runs] == [0, 0, 0]
+
+
+def configure(folder: Path, cuda: str, **environment: str) -> subprocess.CompletedProcess:
+    """Of the build alone, elsewhere than in CI."""
+    names = ("CI", "CUDA_HOME", "CUDA_PATH")
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    options = [f"-DCALM_RT_CUDA={cuda}", f"-DPython_EXECUTABLE={sys.executable}"]
+    command = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options]
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
+
+
+def test_an_nvcc_that_is_too_old_is_named(tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    path = f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}"
+    without = configure(tmp_path / "auto", "AUTO", PATH=path)
+    assert without.returncode == 0, without.stderr
+    assert f"they need nvcc 12.8, and {nvcc} is 12.4" in " ".join(without.stderr.split())
+    assert "cuda_kernels" not in (tmp_path / "auto" / "build.ninja").read_text()
+    insisting = configure(tmp_path / "on", "ON", PATH=path)
+    assert insisting.returncode != 0
+    assert f"needs nvcc 12.8; {nvcc} is 12.4" in " ".join(insisting.stderr.split())
+
+
+@pytest.mark.parametrize("cuda, ci", [("AUTO", {}), ("ON", {}), ("AUTO", {"CI": "true"})])
+def test_a_spill_ends_our_builds_and_no_others(tmp_path: Path, cuda: str, ci: dict) -> None:
+    need(NVCC, "nvcc is neither on PATH nor in CUDA_HOME")
+    configured = configure(tmp_path, cuda, CUDA_HOME=str(Path(NVCC).parents[1]), **ci)
+    assert configured.returncode == 0, configured.stderr
+    flags = (tmp_path / "build.ninja").read_text()
+    assert "-warn-spills" in flags
+    assert ("-warn-spills,-Werror" in flags) == (cuda == "ON" or bool(ci))
 
 
 def test_a_torch_that_no_index_has_is_skipped(tmp_path: Path, monkeypatch) -> None:
