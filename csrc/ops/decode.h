@@ -25,10 +25,8 @@ Tensor decode(const Tensor& latents, const Tensor& latent, const Tensor& latent_
       "decode: latent must be [H, L], expand [K H, H], of latents' dtype, norm [H] of its accumulation type");
 
   Guard<Device> guard(latents);
-  Tensor latents_ = guard.contiguous(latents), latent_ = guard.contiguous(latent),
-         latent_bias_ = guard.contiguous(latent_bias);
-  Tensor expand_ = guard.contiguous(expand), expand_bias_ = guard.contiguous(expand_bias),
-         norm_ = guard.contiguous(norm);
+  Tensor latents_ = guard.factor(latents), latent_ = guard.factor(latent), latent_bias_ = guard.factor(latent_bias);
+  Tensor expand_ = guard.factor(expand), expand_bias_ = guard.factor(expand_bias), norm_ = guard.contiguous(norm);
   const MlpLayers patch_mlps(patch_layers, type, size, guard, "decode"),
       token_mlps(token_layers, type, size, guard, "decode");
   Tensor hidden = allocate(latents, {num_rows * patch, size});

@@ -38,9 +38,9 @@ std::tuple<Tensor, Tensor> encode(const Tensor& ids, const Tensor& tables, std::
 
   Guard<Device> guard(ids);
   Tensor ids_ = guard.contiguous(ids), tables_ = guard.contiguous(tables), norm_ = guard.contiguous(norm);
-  Tensor latent_ = guard.contiguous(latent), latent_bias_ = guard.contiguous(latent_bias);
-  Tensor squeeze_ = folded ? tables_ : guard.contiguous(*squeeze),
-         squeeze_bias_ = folded ? norm_ : guard.contiguous(*squeeze_bias);
+  Tensor latent_ = guard.factor(latent), latent_bias_ = guard.factor(latent_bias);
+  Tensor squeeze_ = folded ? tables_ : guard.factor(*squeeze),
+         squeeze_bias_ = folded ? norm_ : guard.factor(*squeeze_bias);
   const MlpLayers token_mlps(token_layers, type, size, guard, "encode"),
       patch_mlps(patch_layers, type, size, guard, "encode");
   Tensor mean = allocate(tables, {num_rows, latent_size}), log_std = allocate(tables, {num_rows, latent_size});

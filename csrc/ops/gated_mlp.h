@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp(const Tensor& x, const Tensor& norm
 
   Guard<Device> guard(x);
   Tensor x_ = guard.contiguous(x), norm_weight_ = guard.contiguous(norm_weight);
-  Tensor gate_ = guard.contiguous(gate), up_ = guard.contiguous(up), down_ = guard.contiguous(down);
+  Tensor gate_ = guard.factor(gate), up_ = guard.factor(up), down_ = guard.factor(down);
   Tensor out = allocate(x, {num_rows, hidden_size});
   auto product = [&] { return keep_products ? allocate(gate, {num_rows, intermediate_size}) : allocate(gate, {0}); };
   Tensor gate_product = product(), up_product = product();
@@ -158,9 +158,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_mlp_backward(
                   "gated_mlp_backward: gradients must be [R, H] and products [R, I]");
 
   Guard<Device> guard(x);
-  Tensor grad_out_ = guard.contiguous(grad_out), grad_product_ = guard.contiguous(grad_product);
+  Tensor grad_out_ = guard.contiguous(grad_out), grad_product_ = guard.factor(grad_product);
   Tensor x_ = guard.contiguous(x), norm_weight_ = guard.contiguous(norm_weight);
-  Tensor gate_ = guard.contiguous(gate), up_ = guard.contiguous(up), down_ = guard.contiguous(down);
+  Tensor gate_ = guard.factor(gate), up_ = guard.factor(up), down_ = guard.factor(down);
   Tensor gate_product_ = guard.contiguous(gate_product), up_product_ = guard.contiguous(up_product);
   auto matrix = [&](int64_t rows, int64_t columns) {
     return need_grad_matrices ? allocate(gate, {rows, columns}) : allocate(gate, {0});

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
 
   Guard<Device> guard(hidden);
   using torch::stable::fill_;
-  Tensor hidden_ = guard.contiguous(hidden), weight_ = guard.contiguous(weight), target_ = guard.contiguous(target);
+  Tensor hidden_ = guard.factor(hidden), weight_ = guard.factor(weight), target_ = guard.contiguous(target);
   Tensor scale_ = scale ? guard.contiguous(*scale) : allocate(hidden, {0}, wide);
   Tensor total = allocate(hidden, {}, wide), loss = allocate(hidden, {num_rows}, wide);
   auto gradient = [&](bool needed, int64_t rows) {
@@ -96,8 +96,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_logi
                   "linear_cross_entropy_backward: grad_logits must be what linear_cross_entropy kept of these rows");
 
   Guard<Device> guard(hidden);
-  Tensor hidden_ = guard.contiguous(hidden), weight_ = guard.contiguous(weight),
-         grad_logits_ = guard.contiguous(grad_logits);
+  Tensor hidden_ = guard.factor(hidden), weight_ = guard.factor(weight), grad_logits_ = guard.factor(grad_logits);
   auto gradient = [&](bool needed, int64_t rows, ScalarType of) {
     return needed ? allocate(hidden, {rows, size}, of) : allocate(hidden, {0}, of);
   };

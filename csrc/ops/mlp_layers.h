@@ -39,7 +39,7 @@ class MlpLayers {
                       op, ": a layer must have norm [H], gate and up [I, H] and down [H, I], of one dtype");
       widest_ = std::max(widest_, intermediate);
     }
-    for (const Tensor& weight : weights) weights_.push_back(operands.contiguous(weight));
+    for (const Tensor& weight : weights) weights_.push_back(operands.factor(weight));
   }
 
   int64_t scratch(int64_t rows) const { return weights_.empty() ? 0 : gated_mlp_scratch(rows, size_, widest_); }

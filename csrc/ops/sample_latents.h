@@ -47,7 +47,7 @@ class HeadWeights {
     check_linear(final_first(), size_, size_);
     check_linear(final_second(), weights[final_second()].size(0), size_);
     const Operands operands(hidden);
-    for (const Tensor& weight : weights) weights_.push_back(operands.contiguous(weight));
+    for (const Tensor& weight : weights) weights_.push_back(operands.factor(weight));
   }
 
   int64_t size() const { return size_; }  // H
@@ -264,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_latents(const Tensor& hidden, 
   const ScalarType type = hidden.scalar_type(), wide = accumulate_type(type);
 
   Guard<Device> guard(hidden);
-  Tensor hidden_ = guard.contiguous(hidden), seed_ = guard.contiguous(seed), rows_ = guard.contiguous(rows);
+  Tensor hidden_ = guard.factor(hidden), seed_ = guard.contiguous(seed), rows_ = guard.contiguous(rows);
   const int64_t num_blocks = head.num_blocks(), latent_size = head.latent_size();
   auto planes = [&](bool needed, int64_t count, int64_t lines, ScalarType element) {
     return needed ? allocate(hidden, {count, lines, size}, element) : allocate(hidden, {0}, element);

@@ -338,10 +338,9 @@ std::tuple<Tensor, std::vector<Tensor>> sample_latents_backward(const Tensor& gr
       "sample_latents_backward: expected grad_latents [S, R, L] and what sample_latents kept of these arguments");
 
   Guard<Device> guard(hidden);
-  Tensor grad_latents_ = guard.contiguous(grad_latents), hidden_ = guard.contiguous(hidden),
-         seed_ = guard.contiguous(seed);
-  Tensor rows_ = guard.contiguous(rows), products_ = guard.contiguous(products), stream_ = guard.contiguous(stream);
-  Tensor contexts_ = guard.contiguous(contexts), grad_hidden = allocate(hidden, {num_rows, size});
+  Tensor grad_latents_ = guard.factor(grad_latents), hidden_ = guard.factor(hidden), seed_ = guard.contiguous(seed);
+  Tensor rows_ = guard.contiguous(rows), products_ = guard.factor(products), stream_ = guard.contiguous(stream);
+  Tensor contexts_ = guard.factor(contexts), grad_hidden = allocate(hidden, {num_rows, size});
   std::vector<Tensor> grads;
   for (const Tensor& weight : head.tensors()) {
     if (need_grad_weights) grads.push_back(allocate(weight, weight.sizes()));

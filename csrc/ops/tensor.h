@@ -117,6 +117,15 @@ class Operands {
     return checked(tensor).is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   }
 
+  // The same of what goes into the library's products: on a GPU their bits depend on alignment too, so a view that
+  // begins beside a whole pack is copied.
+  Tensor factor(const Tensor& tensor) const {
+    constexpr uintptr_t kPackBytes = 16;
+    const Tensor dense = contiguous(tensor);
+    const bool aligned = reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % kPackBytes == 0;
+    return aligned || place_.first != aoti_torch_device_type_cuda() ? dense : torch::stable::clone(dense);
+  }
+
  private:
   static std::pair<int32_t, int32_t> place(const Tensor& tensor) {
     int32_t type = 0;
