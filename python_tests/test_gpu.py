@@ -101,13 +101,12 @@ def test_a_part_ends_at_its_limit_with_what_it_started(gpu, monkeypatch, tmp_pat
 def test_a_part_has_its_own_environment(gpu, monkeypatch, tmp_path) -> None:
     environments = {name: one.environment for name, one in gpu.PARTS.items() if one.environment}
     assert environments == {
-        "build": {"CALM_RT_CUDA": "ON"},
         "conformance": {"CALM_RT_CUDA": "ON"},
         "memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     }
     monkeypatch.setenv("CALM_RT_CUDA", "AUTO")
     one = part(gpu, "import os; assert os.environ['CALM_RT_CUDA'] == 'ON'")
-    needs_it = dataclasses.replace(one, environment=environments["build"])
+    needs_it = dataclasses.replace(one, environment=environments["conformance"])
     status, result = run(gpu, monkeypatch, tmp_path / "results", needs_it=needs_it, plain=one)
     assert status == 1
     assert [outcome["passed"] for outcome in result["parts"].values()] == [True, False]
