@@ -31,7 +31,10 @@ MODEL_METHODS = ("eval_brier", "temperature_sampling", "generate")
 MODULES = ("encoder", "decoder", *MODEL_PARTS)  # the parts that are submodules
 LIBRARIES = ("torch.", "transformers.")  # whose classes have a forward that is nobody's
 ALIASES = ("mlp_generator.",)  # a second name of generative_head
-STANDARD = (nn.Linear, nn.LayerNorm, nn.Embedding)  # their forward is what a view computes
+# their forward is what a view computes
+STANDARD = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Sequential, nn.SiLU)
+UNCALLED = (Autoencoder, EnergyHead)  # containers whose forward the official code does not call
+HEAD = "MLPGenerator"  # the official energy head
 
 
 @dataclass
@@ -86,6 +89,19 @@ def official_class(model: nn.Module) -> tuple[type, str]:
         got = f"a {found.__name__} without {part}"
         check(_has(model, part), "model", names, got)
     return found, found.__name__
+
+
+def head_class(model: nn.Module, official: type) -> type | None:
+    """The class of an energy head, or a base of it, whose `sample` is the official one.
+
+    official: the model's. Where it has its official name, one of another name and file is None.
+    """
+    own = [cls for cls in type(model.generative_head).__mro__ if "sample" in vars(cls)]
+    named = [cls for cls in own if cls.__name__ == HEAD]
+    if named or not own:
+        return named[-1] if named else None
+    known = official.__name__ not in KINDS or own[-1].__module__ == official.__module__
+    return own[-1] if known else None
 
 
 def output_class(official: type, kind: str) -> type:
@@ -214,15 +230,33 @@ def _share(
         source = official.get_submodule(inner)
         if inner:  # the view's own forward is called by nobody
             check(not has_hooks(source), inner, "a module without hooks", "some")
-        if not module._parameters:
-            continue
-        known = [kind.forward for kind in STANDARD if isinstance(module, kind)]
-        plain = not known or type(source).forward in (type(module).forward, *known)
-        plain &= not (known and "forward" in vars(source))
-        check(plain, inner, f"a plain {type(module).__name__}", type(source).__name__)
-        module._parameters = source._parameters
+            if not isinstance(module, UNCALLED):
+                _check_forward(inner, module, source)
+        if module._parameters:
+            module._parameters = source._parameters
     view.seen = _submodules(model, path, without)
     return view
+
+
+def _check_forward(name: str, module: nn.Module, source: nn.Module) -> None:
+    """raises: ValueError where the forward of source is not the one that module stands in for.
+
+    That is torch's, or the first one that a class of the official code, a library's or a fork's
+    had: what is derived from such a class may compute anything.
+    """
+    known = [kind.forward for kind in STANDARD if isinstance(module, kind)]
+    given = [cls for cls in type(source).__mro__ if "forward" in vars(cls) and cls is not nn.Module]
+    given = [cls for cls in given if not cls.__module__.startswith("calm_rt.")]
+    plain, got = True, type(source).__name__
+    expected = f"a plain {type(module).__name__}"
+    if known:
+        plain = type(source).forward in (type(module).forward, *known)
+    elif len(given) > 1 and not given[0].__module__.startswith(LIBRARIES):
+        plain, expected = False, f"the forward of {given[-1].__name__}"
+        got = f"that of {given[0].__name__}"
+    if "forward" in vars(source):
+        plain, got = False, f"{type(source).__name__} with a forward of its own"
+    check(plain, name, expected, got)
 
 
 def _submodules(

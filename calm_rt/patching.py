@@ -253,10 +253,26 @@ def _install(model: nn.Module, state: Patch, kept: dict[str, str]) -> None:
     ]
     eval_brier = ("forward", patched.model_forward) if small else ("eval_brier", patched.eval_brier)
     methods.append(("eval_brier", model, *eval_brier))
+    officials = {model: state.official}
+    if state.kind == ENERGY:
+        officials[head] = official_models.head_class(model, state.official)
     for switch, module, name, _ in methods:
-        if switch in state.switches and (reason := _foreign(module, name, state.official)):
+        if switch in state.switches and (reason := _foreign(module, name, officials[module])):
             kept[switch] = reason
             state.switches.discard(switch)
+    called = {
+        "energy_score": [(model, "distance")],
+        "temperature_sampling": [(head, "sample")],
+        "generate": [(model, "temperature_sampling"), (head, "sample")],
+        "eval_brier": [(model, "eval_brier"), (head, "sample")] if small else [],
+    }
+    for switch, calls in called.items():
+        for module, name in calls:
+            if switch not in state.switches or module not in officials:
+                continue  # other heads than the energy head draw by themselves
+            if reason := _foreign(module, name, officials[module]):
+                kept[switch] = f"{switch} would pass over a method: {reason}"
+                state.switches.discard(switch)
     for switch, module, name, function in methods:
         if switch in state.switches and name not in module.__dict__:
             _set(state, module, name, MethodType(function, module))
@@ -272,10 +288,15 @@ def _refuse_replicas(self: nn.Module) -> None:
     check(False, "model", *NO_REPLICAS)
 
 
-def _foreign(module: nn.Module, name: str, official: type) -> str | None:
-    """Why a method is not the official one; None where it is."""
+def _foreign(module: nn.Module, name: str, official: type | None) -> str | None:
+    """Why a method is not the official one; None where it is.
+
+    official: the class that has that one, None for none.
+    """
     if name in module.__dict__:
         return f"{name} is replaced on this instance already; patch before others wrap it"
+    if official is None:
+        return f"{type(module).__name__} has its own {name}"
     for cls in type(module).__mro__:
         if name in cls.__dict__ and cls is not official and issubclass(cls, official):
             return f"{cls.__name__} has its own {name}"

@@ -237,8 +237,13 @@ class EnergyTransformer(CALM):
         self.num_samples = config.num_samples
         init_weights(self.generative_head, 0.2)
 
+    def distance(self, first: Tensor, second: Tensor) -> Tensor:
+        return torch.norm(first - second, dim=-1).pow(self.beta)
+
     def energy_score(self, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        return official.energy_score(x, mean, log_std, num_targets=100, beta=self.beta)
+        targets = mean + log_std.exp() * torch.randn(100, *mean.shape, device=mean.device)
+        among = self.distance(x[:, None], x[None]).sum((0, 1)) / (len(x) * (len(x) - 1))
+        return among - 2 * self.distance(x[:, None], targets[None]).mean((0, 1))
 
     def forward(self, input_ids: Tensor = None, labels: Tensor | None = None, **kwargs: Any):
         hidden, mean, log_std, outputs = self._context(input_ids, labels)
