@@ -216,10 +216,10 @@ def eval_brier(
     draws, patches = latent_predictions, targets.reshape(-1, self.patch_size)
     if "one_pair_of_draws" in patch.keep_bugs:
         draws = draws[:2]
-    draws = draws.reshape(-1, draws.shape[-1])
+    count, draws = len(draws), draws.reshape(-1, draws.shape[-1])
     if not torch.is_autocast_enabled(draws.device.type):
         draws = draws.to(patch.autoencoder.decoder.lm_head_weight.dtype)
-    predictions = current(patch.autoencoder).decode(draws).view(-1, *patches.shape)  # [S, R, K]
+    predictions = current(patch.autoencoder).decode(draws).view(count, *patches.shape)  # [S, R, K]
     brier = brier_from_predictions(predictions[..., :ORDERS], patches[:, :ORDERS]).mean(0).float()
     return _with_brier(patch, loss, brier)
 

@@ -94,6 +94,8 @@ def patch(
     model = _unwrap(model, refused=nn.DataParallel)
     official, kind = official_models.official_class(model)
     check(_patch_of(model) is None, "model", "one that is not patched", "a patched one")
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    check(not meta, "model", "one with values (not offloaded)", "parameters on the meta device")
     one = isinstance(keep_bugs, str)
     check(not one, "keep_bugs", "a list of names", f"one name (write [{keep_bugs!r}])")
     unknown = sorted(set(keep_bugs) - BUGS.keys())

@@ -92,3 +92,23 @@ def test_folded_targets_go_when_weights_are_loaded():
     model.ae_model.requires_grad_(True)
     report = calm_rt.patch(model, fold_encoder=True)
     assert "a frozen autoencoder" in report.kept["fold_encoder"]
+
+
+@pytest.mark.parametrize("keep_bugs", [(), ("one_pair_of_draws",)])
+@pytest.mark.parametrize("kind", ["EnergyTransformer", "FlowTransformer"])
+def test_no_target_has_no_score(kind, keep_bugs):
+    model, ids = build(kind).eval(), token_ids()
+    calm_rt.patch(model, keep_bugs=keep_bugs)
+    output = model(input_ids=ids, labels=torch.full_like(ids, -100))
+    assert output.loss.isnan() and output.brier1.isnan() and output.brier4.ndim == 0
+
+
+def test_models_without_values_are_refused_before_anything_is_changed():
+    model = build()
+    model.transformer.to("meta")
+    message = (
+        r"model: expected one with values \(not offloaded\), got parameters on the meta device"
+    )
+    with pytest.raises(ValueError, match=message):
+        calm_rt.patch(model)
+    assert "forward" not in vars(model)
