@@ -10,7 +10,6 @@ Diffusion and flow heads draw by themselves, from torch's own generators.
 
 import math
 import random
-import warnings
 from fractions import Fraction
 from typing import Any
 
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 from calm_rt import ops
 from calm_rt.brier import ORDERS, brier_from_predictions
 from calm_rt.evaluation import brier_lm
-from calm_rt.generation import Generator
 from calm_rt.losses import MASK_ID
 from calm_rt.nn import EnergyHead
 from calm_rt.official_models import ENERGY, Patch, current
 from calm_rt.ops.check import check
 from calm_rt.reference import Stream
-from calm_rt.sampling import MAX_DRAWS, parse_temperature, sample_patches
+from calm_rt.sampling import parse_temperature, sample_patches
 
 IGNORED = -100  # a label that is no target
 NUM_TARGETS = 100  # M, a constant of the official energy_score
@@ -65,6 +63,12 @@ def choosing_seed(patch: Patch, device: torch.device, temperature: Fraction) -> 
     return seed ^ random.getrandbits(62) if mixed else seed
 
 
+def forward_switches(model: nn.Module) -> tuple[str, ...]:
+    """The switches for which a language model's forward is replaced."""
+    always = ("encoder_target", "head_sampling")
+    return (*always, "eval_brier") if model.patch_size < ORDERS else always
+
+
 def autoencoder_forward(
     self: nn.Module, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
 ) -> Any:
@@ -72,7 +76,7 @@ def autoencoder_forward(
 
     input_ids, labels: [..., K] int64, any number of patches.
     """
-    patch = _active(self)
+    patch = active(self, "autoencoder_loss")
     if patch is None:
         return type(self).forward(self, input_ids=input_ids, labels=labels, **kwargs)
     view, training, p = current(patch.autoencoder), self.training, self.ae_dropout
@@ -113,7 +117,7 @@ def model_forward(
     input_ids: [B, P K] int64.
     labels: [B, P K] int64; a patch with a label of -100 is no target.
     """
-    patch = _active(self)
+    patch = active(self, *forward_switches(self))
     if patch is None:
         return type(self).forward(self, input_ids=input_ids, labels=labels, **kwargs)
     size, batch = self.patch_size, len(input_ids)
@@ -154,6 +158,8 @@ def model_forward(
 def energy_score(self: nn.Module, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """`EnergyTransformer.energy_score`.  x: [S, ..., L].  mean, log_std: [..., L].
     returns: [...]."""
+    if active(self, "energy_score") is None:
+        return type(self).energy_score(self, x, mean, log_std)
     shape, size = mean.shape[:-1], mean.shape[-1]
     x = x.reshape(len(x), -1, size)
     mean, log_std = mean.reshape(-1, size), log_std.reshape(-1, size)
@@ -171,7 +177,7 @@ def energy_score(self: nn.Module, x: Tensor, mean: Tensor, log_std: Tensor) -> T
 
 def head_sample(self: nn.Module, hidden_states: Tensor) -> Tensor:
     """`MLPGenerator.sample`: one draw for each context.  [..., H] -> [..., L]."""
-    patch = _active(self)
+    patch = active(self, "head_sampling")
     if patch is None:
         return type(self).sample(self, hidden_states)
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -185,7 +191,7 @@ def temperature_sampling(
     self: nn.Module, hidden_states: Tensor, temperature: float = 0.5, num_samples: int = 200
 ) -> Tensor:
     """`CALM.temperature_sampling`.  hidden_states: [..., H].  returns: [..., K] int64."""
-    patch = _active(self)
+    patch = active(self, "temperature_sampling")
     if patch is None:
         official = type(self).temperature_sampling
         return official(self, hidden_states, temperature=temperature, num_samples=num_samples)
@@ -210,7 +216,7 @@ def eval_brier(
 
     latent_predictions: [S, ..., L].  targets: [B, P K] int64.
     """
-    patch = _active(self)
+    patch = active(self, "eval_brier")
     if patch is None:
         return type(self).eval_brier(self, latent_predictions, targets, outputs, loss)
     draws, patches = latent_predictions, targets.reshape(-1, self.patch_size)
@@ -224,91 +230,13 @@ def eval_brier(
     return _with_brier(patch, loss, brier)
 
 
-@torch.compiler.disable
-@torch.no_grad()
-def generate(
-    self: nn.Module,
-    input_ids: Tensor,
-    max_length: int | None = 2048,
-    temperature: float | None = 0.5,
-    *,
-    max_new_tokens: int | None = None,
-    num_samples: int | None = None,
-    num_candidates: int | None = None,
-    method: str = "pool",
-    max_draws: int = MAX_DRAWS,
-    on_budget: str = "raise",
-    seed: int | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """`CALM.generate`, also with a number of new tokens, a pool size, exact sampling and a seed.
+def active(module: nn.Module, *switches: str) -> Patch | None:
+    """The patch of a module where one of these switches is on.
 
-    input_ids: [B, T] int64; pad ids at the ends of a row are no part of its prompt.
-    max_length: of prompt and continuation in tokens, unless max_new_tokens is given.
-    num_samples, num_candidates: two names, the official and ours, of the pool's size, 200.
-    method, max_draws, on_budget: see `sample_patches`.
-    seed: None takes one from torch's generator.
-    kwargs: accepted as by the official code, which reads none either; a warning names them.
-    returns: [B, longest] int64: prompt, continuation up to EOS, and pad ids.
-    raises: as Generator.generate, also beyond max_position_embeddings patches.
+    Somebody's wrapper may have kept a method of ours from an earlier patch that had it on.
     """
-    patch = _active(self)
-    if patch is None:
-        options = kwargs | {"max_length": max_length, "temperature": temperature}
-        return type(self).generate(self, input_ids, **options)
-    if kwargs:
-        names = ", ".join(sorted(kwargs))
-        warnings.warn(f"generate: nothing reads {names}", stacklevel=2)
-    both = num_samples is not None and num_candidates is not None
-    check(not both, "num_candidates", "None beside num_samples, its other name", num_candidates)
-    pool = next((n for n in (num_samples, num_candidates) if n is not None), 200)
-    check(input_ids.ndim == 2, "input_ids", "shape [B, T]", list(input_ids.shape))
-    self.eval()
-    pad, size, length = self.padding_idx, self.patch_size, input_ids.shape[1]
-    if max_new_tokens is None:
-        wanted = "a number of tokens, or max_new_tokens instead"
-        check(max_length is not None, "max_length", wanted, max_length)
-        max_new_tokens = max(0, max_length - length)
-        if "overshot_length" in patch.keep_bugs:
-            missing = max_length - length - -length % size  # behind the prompt's whole patches
-            max_new_tokens = max(1, -(-missing // size)) * size
-    padded = "prompt_padding" in patch.keep_bugs
-    given = prompts = [_without_ends(row, pad) for row in input_ids.tolist()]
-    if padded:
-        check(pad is not None, "prompt_padding", "a pad_token_id in the config", pad)
-        prompts = [row + [pad] * (-length % size) for row in input_ids.tolist()]
-    value = read_temperature(patch, temperature, method)
-    if seed is None:
-        seed = int(choosing_seed(patch, torch.device("cpu"), value))
-    generations = Generator(current(patch.model)).generate(
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        num_candidates=pool,
-        method=method,
-        max_draws=max_draws,
-        on_budget=on_budget,
-        seed=seed,
-    )
-    if not given:
-        return input_ids.clone()
-    rows = [prompt + g.ids for prompt, g in zip(given, generations, strict=True)]
-    if padded:
-        rows = [[token for token in row if token != pad] for row in rows]
-    rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    fill = next((i for i in (pad, self.eos_token_id) if i is not None), 0)
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-    return padded.to(input_ids.device)
-
-
-def _without_ends(row: list[int], pad: int | None) -> list[int]:
-    """Without pad ids at either end; inside they may be the EOS of documents."""
-    real = [index for index, token in enumerate(row) if token != pad]
-    return row[real[0] : real[-1] + 1] if real else []
-
-
-def _active(module: nn.Module) -> Patch | None:
-    return module.__dict__.get(ATTRIBUTE)
+    patch = module.__dict__.get(ATTRIBUTE)
+    return patch if patch is not None and not patch.switches.isdisjoint(switches) else None
 
 
 def _targets_of(

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from calm_rt import official_bugs, official_models, patched
+from calm_rt import official_bugs, official_models, patched, patched_generate
 from calm_rt.nn import fold_encoder as fold
 from calm_rt.nn import folded_bytes
 from calm_rt.official_bugs import ALL_MODELS, BUGS
@@ -251,7 +251,7 @@ def _install(model: nn.Module, state: Patch, kept: dict[str, str]) -> None:
         ("head_sampling", head, "sample", patched.head_sample),
         ("energy_score", model, "energy_score", patched.energy_score),
         ("temperature_sampling", model, "temperature_sampling", patched.temperature_sampling),
-        ("generate", model, "generate", patched.generate),
+        ("generate", model, "generate", patched_generate.generate),
     ]
     eval_brier = ("forward", patched.model_forward) if small else ("eval_brier", patched.eval_brier)
     methods.append(("eval_brier", model, *eval_brier))

@@ -96,7 +96,7 @@ LAYERS = [  # a module imports of its own line and of those above
     "replay",
     "engine",
     "generation",
-    "planning quickstart official_models official_bugs patched patching arguments",
+    "planning quickstart official_models official_bugs patched patched_generate patching arguments",
     "steps commands",
     "cli",
     "__init__ __main__",

@@ -55,8 +55,9 @@ def test_method_and_pool_are_read(model, settings):
 
 
 def test_what_nothing_reads_is_named(model):
-    with pytest.warns(UserWarning, match="generate: nothing reads attention_mask, top_p"):
+    with pytest.warns(UserWarning, match="generate: nothing reads attention_mask, top_p") as seen:
         model.generate(prompt(), max_new_tokens=4, top_p=0.9, attention_mask=None)
+    assert [warning.filename for warning in seen] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(prompt(), max_length=12, temperature=1.0, seed=1)
@@ -75,8 +76,12 @@ def test_pads_are_stripped_at_the_ends_only(pad, settings):
 def test_lengths_beyond_what_was_trained_are_refused(model):
     report = calm_rt.patch(build())
     assert "max_position_embeddings" in report.replaced["generate"]
-    with pytest.raises(ValueError, match="max_position_embeddings = 64 patches"):
+    expected = "expected at most max_position_embeddings = 64 patches of 4 tokens .*, got 65"
+    with pytest.raises(ValueError, match=f"max_length: {expected}"):
         model.generate(prompt(), max_length=4 * 64 + 4)
+    with pytest.raises(ValueError, match=f"max_new_tokens: {expected}"):
+        model.generate(prompt()[:, :7], max_new_tokens=4 * 62 + 1)
+    assert model.generate(prompt()[:0]).shape == (0, 8)
 
 
 def test_shapes_and_lengths_that_do_not_fit(model):
@@ -88,6 +93,34 @@ def test_shapes_and_lengths_that_do_not_fit(model):
     assert model.generate(prompt()[:0], max_new_tokens=4).shape == (0, 8)
     with pytest.raises(ValueError, match="temperature"):
         model.generate(prompt()[:0], temperature=None)
+
+
+@pytest.mark.parametrize("value", [12.0, "12"])
+@pytest.mark.parametrize("name", ["max_length", "max_new_tokens"])
+def test_errors_name_what_was_given(model, name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected an int, got {value!r}"):
+        model.generate(prompt(), **{name: value})
+    with pytest.raises(ValueError, match="input_ids: expected a tensor, got list"):
+        model.generate(prompt().tolist(), **{name: value})
+    with pytest.raises(
+        ValueError, match=r"input_ids: expected token ids, int64, got torch\.float32"
+    ):
+        model.generate(prompt().float(), **{name: value})
+    assert model.generate(prompt().int(), max_new_tokens=4).dtype == torch.int64
+
+
+def test_the_eos_of_the_model_ends_texts(model):
+    """Whatever its configuration says, and also where it is set behind the patch."""
+    options = {"max_new_tokens": 40, "temperature": 1.0, "seed": 1}
+    model.eos_token_id = -1
+    [row] = model.generate(prompt(), **options).tolist()
+    assert len(row) == 48
+    model.eos_token_id = row[20]
+    [ended] = model.generate(prompt(), **options).tolist()
+    assert ended == row[: row.index(row[20], 8) + 1]
+    model.eos_token_id = [1, 2]
+    with pytest.raises(ValueError, match=r"model.eos_token_id: expected an int, got \[1, 2\]"):
+        model.generate(prompt(), **options)
 
 
 def test_a_patched_model_is_not_pickled(model):

@@ -157,3 +157,51 @@ def test_wrapped_and_patched_autoencoders_inside_are_no_hindrance():
     assert calm_rt.patch(model).kept.keys() == {"autoencoder_loss"}
     assert model.train()(input_ids=ids, labels=ids).loss.isfinite()
     assert model.ae_model(input_ids=ids, labels=ids).logits is None
+
+
+METHODS = ("forward", "energy_score", "temperature_sampling", "eval_brier", "generate")
+
+
+@pytest.mark.parametrize("patch_size", [4, 2])
+@pytest.mark.parametrize("again", ["", "energy_score", "encoder_target"])
+def test_what_others_wrapped_in_an_earlier_patch_is_what_the_report_says(patch_size, again):
+    """As after Trainer or Accelerate with mixed precision, and another patch with less."""
+    model, ids = build(patch_size=patch_size).train(), token_ids(patch_size=patch_size)
+    calm_rt.patch(model)
+    for name in METHODS:
+        ours = getattr(model, name)
+        setattr(model, name, MethodType(lambda self, *a, ours=ours, **k: ours(*a, **k), model))
+    calm_rt.unpatch(model)
+    if again:
+        switches = dict.fromkeys(calm_rt.patching.SWITCHES, False) | {again: True}
+        report = calm_rt.patch(model, **switches)
+        assert f"{again.replace('encoder_target', 'forward')} is replaced" in report.kept[again]
+    hidden, draws = torch.randn(2, LM["hidden_size"]), torch.randn(3, 2, LM["latent_size"])
+    calls = [
+        lambda of: of("forward")(input_ids=ids, labels=ids).loss,
+        lambda of: of("energy_score")(draws, draws[0], draws[1]),
+        lambda of: of("temperature_sampling")(hidden, 1.0),
+        lambda of: of("generate")(ids, max_length=24, temperature=1.0),
+    ]
+    for call in calls:
+        results = []
+        for of in (
+            lambda name: getattr(model, name),
+            lambda name: MethodType(getattr(type(model), name), model),
+        ):
+            torch.manual_seed(5)
+            results.append(call(of))
+        assert torch.equal(*results)
+
+
+def test_an_autoencoder_without_its_switch_gives_logits_through_an_old_wrapper():
+    model, ids = build("Autoencoder"), token_ids()
+    calm_rt.patch(model)
+    ours = model.forward
+    model.forward = MethodType(lambda self, *args, **kwargs: ours(*args, **kwargs), model)
+    assert model(input_ids=ids, labels=ids).logits is None
+    calm_rt.unpatch(model)
+    for switches in ({}, {"autoencoder_loss": False}):
+        with calm_rt.patch(model, **switches) as report:
+            assert "autoencoder_loss" in report.kept
+            assert model(input_ids=ids, labels=ids).logits is not None
