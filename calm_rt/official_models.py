@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, EnergyHead
+from calm_rt.nn.backbone import Transformer
 from calm_rt.nn.plain import has_hooks
 from calm_rt.ops.check import check
 
@@ -33,7 +34,10 @@ LIBRARIES = ("torch.", "transformers.")  # whose classes have a forward that is 
 ALIASES = ("mlp_generator.",)  # a second name of generative_head
 # their forward is what a view computes
 STANDARD = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Sequential, nn.SiLU)
-UNCALLED = (Autoencoder, EnergyHead)  # containers whose forward the official code does not call
+UNCALLED = ("ae_model", "generative_head")  # whose forward no view stands in for
+HEAD_SIZES = ("hidden_size", "latent_size", "noise_size", "num_mlp_layers")
+# fields of a configuration that views do not read: they run in evaluation mode and have no loss
+UNREAD = {"attention_dropout": 0.0, "beta": 1.0, "num_samples": 2}
 HEAD = "MLPGenerator"  # the official energy head
 
 
@@ -132,8 +136,9 @@ def view_of_autoencoder(model: nn.Module, path: str) -> Autoencoder:
 
 def view_of_head(model: nn.Module) -> EnergyHead:
     """raises: ValueError for sizes or parameters that are not those of our EnergyHead."""
+    sizes = {name: value for name, value in _config(model).items() if name in HEAD_SIZES}
     with torch.device("meta"):
-        view = EnergyHead(CalmConfig.from_dict(_config(model)))
+        view = EnergyHead(CalmConfig(**sizes, num_attention_heads=1))
     return _share(view, model, "generative_head")
 
 
@@ -143,9 +148,13 @@ def view_of_model(official: nn.Module, own_head: bool) -> Calm:
     raises: ValueError for sizes or parameters that are not those of our Calm.
     """
     inner = AutoencoderConfig.from_dict(_config(official.ae_model))
-    config = CalmConfig.from_dict(_config(official))
+    config = CalmConfig.from_dict(_config(official) | UNREAD)
+    rotary = getattr(official.transformer, "rotary_emb", None)
     with torch.device("meta"):
         view = Calm(config, inner) if own_head else _HeadedCalm(config, inner)
+        if hasattr(rotary, "inv_freq"):
+            view.transformer = _Backbone(config)
+            view.transformer.rotary = (rotary,)
     if not own_head:
         view.head = (official.generative_head,)
     return _share(view, official, "", () if own_head else ("generative_head.",)).eval()
@@ -155,17 +164,34 @@ def current(view: nn.Module) -> nn.Module:
     """The view, to be used now; compiled code does not look at what it shows.
 
     raises: ValueError where an official submodule is another than when the view was made, or has
-        hooks now, which nobody would call.
+        a class, forward or hooks now, which nobody would call.
     """
     if not torch.compiler.is_compiling():
-        for modules, name, module, path in view.seen:
+        for modules, name, module, cls, path in view.seen:
             now = modules.get(name)
             same = now is module or getattr(now, "_orig_mod", None) is module  # compiled: the same
             got = f"another {path}, which was replaced since patch; unpatch and patch again"
             check(same, "model", "the submodules that patch saw", got)
+            same = type(module) is cls and (path in UNCALLED or "forward" not in vars(module))
+            got = f"{path} with another class or forward since patch; unpatch and patch again"
+            check(same, "model", "the submodules that patch saw", got)
             got = f"{path} with some, registered since patch; unpatch and patch again"
-            check(not has_hooks(module), "model", "submodules without hooks", got)
+            some = has_hooks(module) and path not in UNCALLED
+            check(not some, "model", "submodules without hooks", got)
     return view
+
+
+class _Backbone(Transformer):
+    """Turns by the official frequencies, which follow the model's type.
+
+    `model.bfloat16()` rounds what transformers keeps for all layers, and training may have used it.
+    """
+
+    rotary: tuple[Any, ...] = ()  # inside a tuple, for it is no part of the view
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions[..., None, None] * self.rotary[0].inv_freq.to(dtype)
+        return angles.cos(), angles.sin()
 
 
 class _HeadedCalm(Calm):
@@ -226,15 +252,18 @@ def _share(
         shape, other = wanted.get(name), given.get(name)
         expected = "no such parameter" if shape is None else f"shape {shape}"
         check(shape == other, name, expected, "none" if other is None else f"shape {other}")
+    view.seen = _submodules(model, path, without)
+    for _, _, module, _, name in view.seen:
+        if name not in UNCALLED:
+            check(not has_hooks(module), name, "a module without hooks", "some")
+            own = "forward" in vars(module)
+            check(not own, name, f"the forward of {type(module).__name__}", "one of its own")
     for inner, module in view.named_modules():
         source = official.get_submodule(inner)
-        if inner:  # the view's own forward is called by nobody
-            check(not has_hooks(source), inner, "a module without hooks", "some")
-            if not isinstance(module, UNCALLED):
-                _check_forward(inner, module, source)
+        if inner and inner not in UNCALLED:  # the view's own forward is called by nobody
+            _check_forward(inner, module, source)
         if module._parameters:
             module._parameters = source._parameters
-    view.seen = _submodules(model, path, without)
     return view
 
 
@@ -254,21 +283,19 @@ def _check_forward(name: str, module: nn.Module, source: nn.Module) -> None:
     elif len(given) > 1 and not given[0].__module__.startswith(LIBRARIES):
         plain, expected = False, f"the forward of {given[-1].__name__}"
         got = f"that of {given[0].__name__}"
-    if "forward" in vars(source):
-        plain, got = False, f"{type(source).__name__} with a forward of its own"
     check(plain, name, expected, got)
 
 
 def _submodules(
     model: nn.Module, path: str, without: tuple[str, ...]
-) -> list[tuple[dict[str, nn.Module], str, nn.Module, str]]:
-    """Where each module at and below a path stands, its name there, itself, and its path."""
+) -> list[tuple[dict[str, nn.Module], str, nn.Module, type, str]]:
+    """Where each module at and below a path stands, its name there, itself, its class and path."""
     seen = []
     for name, module in model.named_modules(remove_duplicate=False):
         inside = name and f"{name}.".startswith(f"{path}." if path else "")
         if inside and not name.startswith(without) and not f"{name}.".startswith(ALIASES):
             parent, _, last = name.rpartition(".")
-            seen.append((model.get_submodule(parent)._modules, last, module, name))
+            seen.append((model.get_submodule(parent)._modules, last, module, type(module), name))
     return seen
 
 

@@ -195,6 +195,8 @@ def _impossible(model: nn.Module, state: Patch, wanted: list[str]) -> dict[str, 
     if kind not in (AUTOENCODER, ENERGY):
         no_energy = f"{kind} has no energy head"
         reasons |= {name: no_energy for name in ("energy_score", "head_sampling")}
+    elif reason := None if kind == AUTOENCODER else _no_score(model):
+        reasons.setdefault("energy_score", reason)
     path = "" if kind == AUTOENCODER else "ae_model"
     views: dict[str, Callable[[], object]] = {
         "autoencoder": lambda: official_models.view_of_autoencoder(model, path)
@@ -231,6 +233,14 @@ def _impossible(model: nn.Module, state: Patch, wanted: list[str]) -> dict[str, 
         if name in wanted:
             reasons.setdefault(name, reason)
     return reasons
+
+
+def _no_score(model: nn.Module) -> str | None:
+    """Why the energy score of these settings has no op."""
+    beta, count = getattr(model, "beta", None), getattr(model, "num_samples", 2)
+    if not (isinstance(beta, int | float) and 0 < beta <= 2):
+        return f"model.beta: expected an exponent in (0, 2], got {beta}"
+    return None if count >= 2 else f"model.num_samples: expected at least 2, got {count}"
 
 
 def _autoencoder(model: nn.Module, kind: str) -> nn.Module:

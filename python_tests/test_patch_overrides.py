@@ -1,7 +1,8 @@
 """What derived classes and instances have of their own is not passed over by what stands in."""
 
+import copy
 import re
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from official_standin import LM, MLPGenerator, build, token_ids
 from torch import Tensor, nn
 
 import calm_rt
+from calm_rt.nn.backbone import rotary_angles
 
 SAMPLERS = ("head_sampling", "temperature_sampling", "generate")  # that draw from the energy head
 
@@ -137,7 +139,7 @@ def test_containers_with_a_forward_of_their_own_are_called(path, on_instance):
     report = calm_rt.patch(model)
     assert report.kept.keys() == {"autoencoder_loss", *CONTAINERS[path]}
     for switch in CONTAINERS[path]:
-        got = " with a forward of its own" if on_instance else "got (that of )?Mine"
+        got = "got one of its own" if on_instance else "got (that of )?Mine"
         assert re.search(got, report.kept[switch])
 
 
@@ -205,3 +207,94 @@ def test_an_autoencoder_without_its_switch_gives_logits_through_an_old_wrapper()
         with calm_rt.patch(model, **switches) as report:
             assert "autoencoder_loss" in report.kept
             assert model(input_ids=ids, labels=ids).logits is not None
+
+
+@pytest.mark.parametrize("path", ["ae_model", "generative_head"])
+def test_hooks_and_forwards_that_the_official_code_does_not_call_either(path):
+    model, ids = build(), token_ids()
+    module = model.get_submodule(path)
+    module.register_forward_hook(lambda *_: None)
+    assert calm_rt.patch(model).kept.keys() == {"autoencoder_loss"}
+    module.register_forward_hook(lambda *_: None)
+    module.forward = lambda *_: None
+    assert model(input_ids=ids, labels=ids).loss.isfinite()
+    assert model.generate(ids, max_new_tokens=4).shape[0] == 2
+
+
+@pytest.mark.parametrize("on_instance", [True, False])
+@pytest.mark.parametrize("path", ["ae_model.encoder", "generative_head.final_layer.linears"])
+def test_forwards_that_come_behind_the_patch_are_named(path, on_instance):
+    model, ids = build(), token_ids()
+    module = model.get_submodule(path)
+    calm_rt.patch(model)
+    if on_instance:
+        module.forward = module.forward
+    else:
+        derive(module, forward=doubled)
+    message = f"got {re.escape(path)} with another class or forward since patch; unpatch and patch"
+    for call in (lambda: model(input_ids=ids, labels=ids), lambda: model.generate(ids)):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+HEADLESS = {"attention_bias": True, "mlp_bias": True, "rope_scaling": {"factor": 2.0}}
+HEADLESS |= {"hidden_act": "gelu", "head_dim": 3}
+
+
+@pytest.mark.parametrize("field", HEADLESS)
+def test_the_head_needs_its_own_sizes_only(field):
+    model = build()
+    values = model.config.to_dict() | {field: HEADLESS[field]}
+    model.config = SimpleNamespace(**values)
+    report = calm_rt.patch(model)
+    assert field in report.kept["generate"]
+    assert {"head_sampling", "energy_score", "eval_brier"} <= report.replaced.keys()
+
+
+def test_settings_of_training_hinder_no_generation():
+    model = build()
+    model.config = SimpleNamespace(**model.config.to_dict() | {"attention_dropout": 0.1, "beta": 3})
+    model.config.num_samples = 1
+    assert calm_rt.patch(model).kept.keys() == {"autoencoder_loss"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("beta", 0, r"an exponent in \(0, 2\], got 0"),
+        ("beta", 2.5, r"an exponent in \(0, 2\], got 2.5"),
+        ("num_samples", 1, "at least 2, got 1"),
+    ],
+)
+def test_scores_that_have_no_op_stay_official(name, value, expected):
+    model, ids = build(), token_ids()
+    setattr(model, name, value)
+    report = calm_rt.patch(model)
+    assert re.fullmatch(f"model.{name}: expected {expected}", report.kept["energy_score"])
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    assert loss.isfinite() == (name == "beta")  # one draw has no distance to others
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.bfloat16,), ()])
+def test_rotary_frequencies_follow_the_model(dtypes):
+    """As transformers keeps them: a buffer, which a change of type rounds for good."""
+    model, ids = build(), token_ids(batch=1, patches=40)
+    size = LM["hidden_size"] // LM["num_attention_heads"]
+    rotary = nn.Module()
+    rotary.register_buffer("inv_freq", 10000.0 ** -(torch.arange(0, size, 2) / size), False)
+    model.transformer.rotary_emb = rotary
+    calm_rt.patch(model)
+    for dtype in dtypes:
+        model.to(dtype)
+    place = model._calm_rt_patch.model.transformer._place(torch.zeros(1, 40, 32), None)
+    angles = torch.arange(40.0)[None, :, None, None] * rotary.inv_freq.float()
+    assert torch.equal(place.cos, angles.cos()) and torch.equal(place.sin, angles.sin())
+    exact, _ = rotary_angles(torch.arange(40)[None], size, 10000.0, torch.float32)
+    eps = 64 * torch.finfo(torch.float32).eps
+    assert ((place.cos - exact).abs().max() <= eps * 40) == (not dtypes)
+    other = copy.deepcopy(model)
+    other.transformer.rotary_emb.inv_freq.zero_()
+    assert (
+        other._calm_rt_patch.model.transformer._place(torch.zeros(1, 2, 32), None).cos.eq(1).all()
+    )
+    assert model.generate(ids, max_new_tokens=4, temperature=1.0).shape[0] == 1

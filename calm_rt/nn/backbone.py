@@ -234,7 +234,7 @@ class Transformer(nn.Module):
 
     def _place(self, embeds: Tensor, cache: KVCache | None) -> Place:
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None]  # [1, P]
-        config, wide = self.config, torch.promote_types(embeds.dtype, torch.float32)
+        wide = torch.promote_types(embeds.dtype, torch.float32)
         slots, mask, num_patches = None, None, 0
         if cache is not None:
             check_shape("cache.lengths", cache.lengths, B=embeds.shape[0])
@@ -242,8 +242,10 @@ class Transformer(nn.Module):
             places = positions.clamp(max=cache.max_patches)
             slots = torch.arange(len(places), device=embeds.device)[:, None], places
             num_patches, mask = _seen(positions, cache.width)
-        cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta, wide)
-        return Place(cos, sin, slots, num_patches, mask)
+        return Place(*self._angles(positions, wide), slots, num_patches, mask)
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta, dtype)
 
 
 def _seen(positions: Tensor, width: int) -> tuple[int, Tensor | None]:
