@@ -89,7 +89,8 @@ def patch(
         code has a bug, keeping it leaves the switches off that would cure it.
     returns: PatchReport of what was replaced and cured, and what was not and why. In a `with`
         statement it unpatches at the end.
-    raises: ValueError for another model, a model that is patched already, or an unknown bug.
+    raises: ValueError for another model, one that is patched already or offloaded, or an unknown
+        bug.
     """
     model = _unwrap(model, refused=nn.DataParallel)
     official, kind = official_models.official_class(model)
