@@ -59,6 +59,7 @@ def here(folder, tmp_path, monkeypatch) -> Path:
     shutil.copyfile(folder / "corpus.jsonl", tmp_path / "corpus.jsonl")
     checkpoint.save(calm_rt.load(folder / "calm"), tmp_path / "CALM-M", layout="official")
     hub = SimpleNamespace(
+        constants=SimpleNamespace(HF_HUB_OFFLINE=False),
         list_repo_files=lambda name: [path.name for path in (tmp_path / "CALM-M").iterdir()],
         snapshot_download=lambda name, allow_patterns: str(tmp_path / "CALM-M"),
     )
