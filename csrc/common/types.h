@@ -1,7 +1,6 @@
 // Element types that a kernel reads and writes, with their conversions to and from float. No torch, no CUDA headers.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
 #ifdef __CUDACC__
 #define CALM_HOST_DEVICE __host__ __device__ __forceinline__

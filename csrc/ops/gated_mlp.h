@@ -3,7 +3,6 @@
 #pragma once
 #include <algorithm>
 #include <tuple>
-#include <vector>
 
 #include "kernels/gated_mlp.h"
 #include "ops/product.h"

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <tuple>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "kernels/sample_latents.h"
