@@ -26,19 +26,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from json_rows import conditions, medians, write_rows
+from json_rows import (
+    check_writable,
+    conditions,
+    duel_text,
+    medians,
+    model_and_shards,
+    run,
+    write_rows,
+)
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import calm_rt
 from calm_rt import official, ops, pool
+from calm_rt.arguments import load_model
 from calm_rt.atomic import replace
 from calm_rt.benchmark import compete
-from calm_rt.data import TokenShards
 from calm_rt.generation import Generator
 from calm_rt.nn import Calm, KVCache
+from calm_rt.ops.check import check, check_int
 from calm_rt.planted import CANDIDATES, PATCH, VOCABULARY, PlantedCalm
-from calm_rt.report import duel_text
 from calm_rt.sampling import PatchSample, sample_patches
 from calm_rt.sequence import start_id
 from calm_rt.steps import step_rows
@@ -185,7 +192,7 @@ def write_officially(model: Calm, num_patches: int) -> list[list[int]]:
 
 def measure_steps(folder: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
     """The rows of NEW_TOKENS tokens of a trained model, alone and in a batch."""
-    model = calm_rt.load(folder)
+    model = load_model(folder, Calm, "cpu")
     generator = Generator(model)
     options = {"max_new_tokens": NEW_TOKENS, "num_candidates": CANDIDATES}
 
@@ -219,7 +226,7 @@ def measure_steps(folder: str, rounds: int) -> Iterator[list[dict[str, Any]]]:
 @torch.no_grad()
 def record(folder: str, shards: str) -> None:
     """Writes the pools of a trained model after held-out text."""
-    model, data = calm_rt.load(folder), TokenShards(shards)
+    model, data = model_and_shards(folder, shards)
     ids = next(iter(data.held_out_batches(16, 128, limit=1)))
     hidden = model.hidden_states(ids).flatten(0, 1)  # [R, H]
     places = torch.linspace(0, len(hidden) - 1, RECORDED).long()
@@ -250,6 +257,14 @@ def main() -> None:
     if options.record:
         record(*options.record)
         return
+    check_int("rounds", options.rounds, 1)
+    pools_alone = options.plot is None or options.model is None
+    check(pools_alone, "plot", "none with --model: it is of pools", options.plot)
+    for name in ("json", "plot"):
+        check_writable(name, getattr(options, name))
+    kinds = Figure().canvas.get_supported_filetypes()
+    drawn = options.plot is None or Path(options.plot).suffix[1:] in ("", *kinds)
+    check(drawn, "plot", f"a file that ends in one of {', '.join(kinds)}", options.plot)
     where, rows = conditions(), []
     if options.model:
         for measured in measure_steps(options.model, options.rounds):
@@ -278,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,6 +8,8 @@ to compare it with. Rows of a group run one after the other; `calm-rt bench` let
 and writes a report.
 """
 
+import sys
+
 import pytest
 import torch
 
@@ -56,3 +58,8 @@ def test_op(benchmark, case: Case, passes: str, rival: str, device: str) -> None
             gradient_bytes=sum(leaf.nbytes for leaf in case.leaves(arguments)),
         )
         benchmark.pedantic(timed, rounds=case.rounds, warmup_rounds=min(2, case.rounds // 2))
+
+
+if __name__ == "__main__":
+    print("run: pytest benchmarks -k OP", file=sys.stderr)
+    sys.exit(2)

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from json_rows import conditions, write_rows
+from json_rows import check_writable, conditions, model_and_shards, run, write_rows
 from torch import Tensor
 
-import calm_rt
 from calm_rt.brier import ORDERS, bootstrap, brier_from_predictions, interval, score, sums_by_owner
-from calm_rt.data import TokenShards
 from calm_rt.nn import Calm, KVCache, screen_decoder
+from calm_rt.ops.check import check, check_int
 from calm_rt.sampling import sample_patches
 from calm_rt.sequence import start_id
 
@@ -163,8 +162,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=250, help="of each length (default: 250)")
     parser.add_argument("--json", metavar="FILE", help="also write the rows and their conditions")
     options = parser.parse_args()
+    check_int("prompts", options.prompts, 1)
+    check_writable("json", options.json)
     where = conditions()
-    model, shards = calm_rt.load(options.model), TokenShards(options.data)
+    model, shards = model_and_shards(options.model, options.data)
     screen_decoder(model.ae_model)
     size = model.config.patch_size
     starts = range(APART - APART % size, LONGEST, APART - APART % size)  # not a document's head
@@ -174,6 +175,8 @@ def main() -> None:
         for at in starts
         if len(document) >= at + APART
     ]
+    expected = f"a held-out document of {starts[0] + APART} tokens or more"
+    check(bool(pieces), "data", expected, "none")
     # spread over the documents, whatever their number
     places = np.linspace(0, len(pieces) - 1, min(options.prompts, len(pieces))).astype(int)
     owners, texts = zip(*(pieces[place] for place in places), strict=True)
@@ -187,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from json_rows import conditions, medians, write_rows
+from json_rows import check_writable, conditions, duel_text, medians, run, write_rows
 
 from calm_rt import benchmark, evaluation, quickstart
 from calm_rt.data import default_corpus
-from calm_rt.report import duel_text
+from calm_rt.ops.check import check_int
 from calm_rt.steps import (
     IDS,
     QUICKSTART_RIVALS,
@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also where the time goes")
     parser.add_argument("--json", metavar="FILE", help="also write the rows and their conditions")
     options = parser.parse_args()
+    check_int("rounds", options.rounds, 1)
+    check_writable("json", options.json)
     where, rows = conditions(), []
     for kind in IDS:
         measured = measure(kind, options.rounds)
@@ -108,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,6 +7,7 @@ local memory a thread, which should be none, for each architecture. Needs no GPU
 for beside that the code does not say: the rings of the bound_groups kernels, 48 to 193 KiB.
 """
 
+import argparse
 import importlib.util
 import re
 import shutil
@@ -97,7 +98,14 @@ def table() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     if find_cuobjdump() is None:
         sys.exit("resources: cuobjdump is missing; pip install nvidia-cuda-cuobjdump")
     print(table())
+
+
+if __name__ == "__main__":
+    from json_rows import run  # beside this script; its tests load it from elsewhere
+
+    run(main)

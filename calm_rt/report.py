@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from calm_rt.atomic import scratch_folder
-from calm_rt.benchmark import machine
 from calm_rt.figures import COLOURS, draw_bars, draw_roofline, draw_scaling
 from calm_rt.ops.check import check
 
@@ -29,17 +28,6 @@ UNSTEADY = 1.5  # median over fastest round: more says that something else used 
 BUSY = 0.5  # load average, processes that run or wait: more is not an idle machine
 
 Row = dict[str, Any]
-
-
-def duel_text(title: str, times: dict[str, float], ours: str) -> str:
-    """Milliseconds of rivals by name and how many times those of `ours` they are, and where."""
-    where = machine("cpu")
-    lines = [
-        f"{title}, {where['device']}, {where['threads']} threads, torch {where['torch']}, "
-        f"{where['instruction_set']}, load {where['load'][0]:.1f}, commit {where['commit']}"
-    ]
-    lines += [f"  {name:10} {ms:8.1f} ms  {ms / times[ours]:5.2f} x" for name, ms in times.items()]
-    return "\n".join(lines)
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:

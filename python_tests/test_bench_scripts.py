@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -91,3 +92,65 @@ def test_whole_texts_as_json(script, monkeypatch, tmp_path, folder) -> None:
         ("2 sequences of 4 tokens at temperature 1", "native"),
     }
     assert {row["model"] for row in results["rows"]} == {"calm"}
+
+
+# ---- bad requests ----
+
+
+@pytest.fixture
+def refuses(monkeypatch, capsys):
+    """Runs a script as a program, which must end with exit code 2 and one line that matches."""
+
+    def check(name, arguments, *words):
+        path = FOLDER / name
+        monkeypatch.syspath_prepend(str(FOLDER))
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(path), run_name="__main__")
+        output = capsys.readouterr()
+        [line] = output.err.splitlines()
+        assert stop.value.code == 2 and not output.out, output
+        assert all(word in line for word in words), line
+
+    return check
+
+
+@pytest.mark.parametrize("name", ["bench_generation.py", "bench_training.py"])
+def test_what_cannot_be_measured_or_written_is_said_before(name, refuses, tmp_path) -> None:
+    for rounds in (0, -1):
+        expected = f"{name}: rounds: expected at least 1, got {rounds}"
+        refuses(name, ["--rounds", rounds], expected)
+    for path in (tmp_path / "absent" / "rows.json", tmp_path, FOLDER / name / "rows.json"):
+        refuses(name, ["--json", path], f"{name}: json: expected a file in a folder", str(path))
+
+
+def test_bad_models_and_pictures(refuses, tmp_path, folder) -> None:
+    name, absent = "bench_generation.py", tmp_path / "absent"
+    refuses(name, ["--model", absent], "absent/config.json: no such file")
+    refuses(name, ["--model", folder / "autoencoder"], "a folder of Calm, got Autoencoder")
+    refuses(name, ["--model", folder / "calm", "--plot", "a.png"], "plot: expected none", "pools")
+    refuses(name, ["--plot", absent / "a.png"], "plot: expected a file in a folder")
+    refuses(name, ["--plot", tmp_path / "a.doc"], "plot: expected a file that ends in", "png")
+    refuses(name, ["--record", absent, folder / "data"], "absent/config.json")
+    refuses(name, ["--record", folder / "calm", absent], "absent", "calm-rt tokenize")
+
+
+def test_bad_prompts(refuses, tmp_path, folder) -> None:
+    name, absent, calm = "bench_prompts.py", tmp_path / "absent", folder / "calm"
+    for count in (0, -5):
+        refuses(name, [calm, folder / "data", "--prompts", count], "prompts: expected at least 1")
+    refuses(name, [calm, folder / "data", "--json", absent / "rows.json"], "json: expected a file")
+    refuses(name, [absent, folder / "data"], "absent/config.json: no such file")
+    refuses(name, [folder / "autoencoder", folder / "data"], "a folder of Calm, got Autoencoder")
+    refuses(name, [calm, absent], "absent", "calm-rt tokenize")
+    refuses(name, [calm, folder / "data"], "data: expected a held-out document of 320 tokens")
+
+
+def test_scripts_without_arguments(refuses, monkeypatch, capsys) -> None:
+    refuses("bench_ops.py", [], "run: pytest benchmarks -k OP")
+    for argument, code in (("--help", 0), ("x", 2)):
+        monkeypatch.setattr(sys, "argv", ["resources.py", argument])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(FOLDER / "resources.py"), run_name="__main__")
+        output = capsys.readouterr()
+        assert stop.value.code == code and "usage: resources.py" in output.out + output.err
