@@ -212,11 +212,14 @@ def bench(options: Namespace) -> None:
     from calm_rt import benchmark, report, scaling, steps
 
     if options.compare:
-        text, slower = report.compare(*map(report.read_results, options.compare))
+        for name in ("ops", "quick", "steps", "sweep", "device"):
+            given = getattr(options, name)
+            check(not given, name, "none with --compare, which measures nothing", given)
+        comparison = report.compare(*map(report.read_results, options.compare))
         if options.json:
-            _print_json({"slower": slower})
+            _print_json(comparison)
         else:
-            print(text)
+            print(report.comparison_text(comparison))
         return
     device, folder = device_of(options), Path(options.report)
     cases = benchmark.benchmark_cases(options.ops)

@@ -2,6 +2,7 @@
 folders compared."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 from calm_rt.atomic import scratch_folder
 from calm_rt.figures import COLOURS, draw_bars, draw_roofline, draw_scaling
 from calm_rt.ops.check import check
+from calm_rt.scaling import SLOWER
 
 RESULTS, REPORT = "results.json", "report.md"
 BARS, ROOFLINE, SCALING = "rivals.png", "roofline.png", "scaling.png"
-SLOWER = 1.05  # of the time before: what counts as slower in a comparison
 METHOD = """\
 Median of the rounds; the rivals of a row ran in one process and took turns round by round.
 `official` is the official code's formula in eager PyTorch, `compiled` torch.compile of it,
@@ -61,16 +62,33 @@ def write_results(results: dict[str, Any], folder: Path) -> None:
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """What write_report wrote.  raises: ValueError for a folder without it."""
+    """What write_report wrote.  raises: ValueError for a folder without it, or with less in it."""
     path = Path(folder) / RESULTS
     try:
         results = json.loads(path.read_text())
-        whole = {"machine", "limits", "rows", "sweep"} <= set(results)
-        _ = [_key(row) for row in results["rows"]]
-    except (OSError, ValueError, TypeError, KeyError):
+        whole = _is_whole(results)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         whole = False
-    check(whole, "compare", "a folder that calm-rt bench wrote", str(folder))
+    got = f"{path} with other contents" if path.is_file() else str(folder)
+    check(whole, "compare", "a folder that calm-rt bench wrote", got)
     return results
+
+
+def _is_whole(results: dict[str, Any]) -> bool:
+    """Whether all that a comparison reads is there and a number where it must be; else it may raise
+    too."""
+    limits, rows = results["limits"], results["rows"]
+    positive = [limits["copy"], limits["product"]["float32"], *limits["product"].values()]
+    positive += [row[name] for row in rows for name in ("median_ms", "min_ms")]
+    texts = [text for row in rows for text in (*_key(row), row["dtype"])]
+    counts = [results["machine"]["load"][0], *(row.get("flop_int8", 0) for row in rows)]
+    counts += [row["peak_extra_bytes"] for row in rows if row["peak_extra_bytes"] is not None]
+    counts += [row[name] for row in _op_rows(rows) for name in ("flop", "bytes")]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(0 < number < math.inf for number in positive)
+        and all(math.isfinite(number) for number in counts)
+    )
 
 
 # ---- text ----
@@ -124,11 +142,15 @@ def warnings_of(results: dict[str, Any]) -> list[str]:
     lines = []
     if load > BUSY:
         lines.append(f"Other processes used this machine when the run began (load {load:.1f}).")
-    unsteady = [row for row in results["rows"] if row["median_ms"] > UNSTEADY * row["min_ms"]]
+    unsteady = filter(_is_unsteady, results["rows"])
     names = dict.fromkeys(f"{row['case']} {row['passes']} {row['rival']}" for row in unsteady)
     if names:
         lines.append(f"Unsteady, so something else used the machine: {', '.join(names)}.")
     return lines
+
+
+def _is_unsteady(row: Row) -> bool:
+    return row["median_ms"] > UNSTEADY * row["min_ms"]
 
 
 def _memory_table(rows: list[Row]) -> str:
@@ -158,7 +180,7 @@ def _limits_table(results: dict[str, Any]) -> str:
                 _number(row["bytes"] / 1e6),
                 _number(row["flop"] / seconds / 1e9),
                 _number(row["bytes"] / seconds / 1e9),
-                _share_of_limit(results, row),
+                _percent(_share(results, row)),
             ]
         )
     header = ["case", "passes", "GFLOP", "MB", "GFLOP/s", "GB/s", "of the limit"]
@@ -170,17 +192,17 @@ def _limits_table(results: dict[str, Any]) -> str:
     )
 
 
-def _share_of_limit(results: dict[str, Any], row: Row) -> str:
-    """Of the time that the row took, what its arithmetic or its traffic alone would take; empty
+def _share(results: dict[str, Any], row: Row) -> float | None:
+    """Of the time that the row took, what its arithmetic or its traffic alone would take; None
     for a step, of which nobody counts these."""
     if row["flop"] is None:
-        return ""
+        return None
     screened = row.get("flop_int8", 0)
     arithmetic = (row["flop"] - screened) / _product_rate(results, row["dtype"], row["device"])
     if screened:
         arithmetic += screened / _product_rate(results, "int8", row["device"])
     least = max(arithmetic, row["bytes"] / results["limits"]["copy"])
-    return f"{1e3 * least / row['median_ms']:.0%}"
+    return 1e3 * least / row["median_ms"]
 
 
 def scaling_text(sweep: list[Row]) -> str:
@@ -206,39 +228,58 @@ def scaling_text(sweep: list[Row]) -> str:
     return f"{text}{len(slower)}:\n\n{_table(header, lines)}"
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, list[str]]:
-    """Two results side by side: the text, and the native rows that got slower.
+def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Two results, A and B, side by side.
 
     A row is slower if its time grew by more than 5 % against that of the official formula in the
-    same run, which the state of the machine moves in the same way.
+    same run, which the state of the machine moves in the same way; unsteady, and neither slower nor
+    faster, if something else used the machine while one of these times was taken.
+    returns: notes, a line each; slower, the names of such rows; rows, one for each native row that
+        is in both.
     raises: ValueError where no row stands in both.
     """
-    both = (before, after)
-    tables = [{_key(row): row for row in results["rows"]} for results in both]
+    both = {"a": before, "b": after}
+    tables = [{_key(row): row for row in results["rows"]} for results in both.values()]
     common = [key for key in tables[0] if key in tables[1] and key[-1] == "native"]
     check(bool(common), "compare", "two folders with rows in common", "none")
-    lines, slower = [], []
+    compared = []
     for key in common:
-        old, new = (table[key]["median_ms"] for table in tables)
-        rival = (*key[:-1], "official")
-        theirs = [table[rival]["median_ms"] for table in tables if rival in table]
-        ratio = new / old / (theirs[1] / theirs[0] if len(theirs) == 2 else 1)
-        if ratio > SLOWER:
-            slower.append(" ".join(key[:2]))
-        marked = "slower" if ratio > SLOWER else "faster" if ratio < 1 / SLOWER else ""
-        times = [_number(old), _number(new), f"{new / old:.2f}", f"{ratio:.2f}", marked]
-        rows = [table[key] for table in tables]
-        memory = [_number(_scaled(row["peak_extra_bytes"], 1e-6)) for row in rows]
-        shares = [_share_of_limit(*pair) for pair in zip(both, rows, strict=True)]
-        lines.append([*key[:2], *times, *memory, *shares])
-    header = ["case", "passes", "A ms", "B ms", "B / A", "against official", ""]
-    header += ["A MB", "B MB", "A of its limit", "B of its limit"]
+        rows, rival = [table[key] for table in tables], (*key[:-1], "official")
+        theirs = [table[rival] for table in tables] if all(rival in t for t in tables) else []
+        ratio = rows[1]["median_ms"] / rows[0]["median_ms"]
+        against = ratio * (theirs[0]["median_ms"] / theirs[1]["median_ms"] if theirs else 1)
+        mark = "slower" if against > SLOWER else "faster" if against < 1 / SLOWER else ""
+        mark = "unsteady" if any(map(_is_unsteady, rows + theirs)) else mark
+        line = dict(zip(("case", "passes", "device"), key[:-1], strict=True))
+        line |= {"ratio": ratio, "ratio_against_official": against, "mark": mark}
+        for name, results, row in zip(both, both.values(), rows, strict=True):
+            line[f"{name}_ms"], line[f"{name}_share"] = row["median_ms"], _share(results, row)
+            line[f"{name}_peak_extra_bytes"] = row["peak_extra_bytes"]
+        compared.append(line)
     notes = [
         f"{name}: A {before['machine'].get(name)}, B {after['machine'].get(name)}"
         for name in ("device", "threads", "torch", "instruction_set", "commit")
         if before["machine"].get(name) != after["machine"].get(name)
     ]
-    return "\n".join([*notes, *([""] if notes else []), _table(header, lines)]), slower
+    for name, results in both.items():
+        notes += [f"{name.upper()}: {line}" for line in warnings_of(results)]
+    slower = [f"{row['case']} {row['passes']}" for row in compared if row["mark"] == "slower"]
+    return {"notes": notes, "slower": slower, "rows": compared}
+
+
+def comparison_text(comparison: dict[str, Any]) -> str:
+    """The notes, and a table of the rows."""
+    lines = []
+    for row in comparison["rows"]:
+        times = [_number(row["a_ms"]), _number(row["b_ms"]), f"{row['ratio']:.2f}"]
+        times += [f"{row['ratio_against_official']:.2f}", row["mark"]]
+        memory = [_number(_scaled(row[f"{name}_peak_extra_bytes"], 1e-6)) for name in "ab"]
+        shares = [_percent(row[f"{name}_share"]) for name in "ab"]
+        lines.append([row["case"], row["passes"], *times, *memory, *shares])
+    header = ["case", "passes", "A ms", "B ms", "B / A", "against official", ""]
+    header += ["A MB", "B MB", "A of its limit", "B of its limit"]
+    notes = comparison["notes"]
+    return "\n".join([*notes, *([""] if notes else []), _table(header, lines)])
 
 
 def _key(row: Row) -> tuple[str, str, str, str]:
@@ -278,6 +319,10 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def _scaled(value: float | None, factor: float) -> float | None:

@@ -25,7 +25,7 @@ RIVALS = ("official", "native")
 POINT_SECONDS = 2.0
 ROUNDS, ROUNDS_SECONDS = 15, 0.25
 AGAIN = 4  # times as long for a point that seems slower
-SLOWER = 1.05  # of the official time: what counts as slower
+SLOWER = 1.05  # of the other's time: what counts as slower, here and in report.py
 
 Maker = Callable[[int], dict[str, Any]]
 

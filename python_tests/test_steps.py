@@ -56,7 +56,11 @@ def test_steps_stand_in_the_report_and_in_a_comparison(small, tmp_path, capsys):
     assert all(0 < row["min_ms"] <= row["median_ms"] for row in rows)
     for row in rows:
         row["peak_extra_bytes"] = 7_000_000
+        row["min_ms"] = row["median_ms"]  # steady, whatever else runs here
+    report.write_report(results, first)
+    for row in rows:
         row["median_ms"] *= 2 if row["rival"] == "native" else 1
+        row["min_ms"] = row["median_ms"]
     report.write_report(results, second)
     text = (second / report.REPORT).read_text()
     times, memory = text.split("## Memory")
