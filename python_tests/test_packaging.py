@@ -1,5 +1,6 @@
 """What is packed: the source distribution, the wheel of Python alone, the layout for `kernels`."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -12,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import wheel_matrix
 from needs import need
 from test_primitives import NVCC
-from wheel_matrix import SMOKE
 
 import calm_rt
 
@@ -38,6 +37,12 @@ def build(kind: str, source: Path, output: Path, **environment: str) -> Path:
     )
     assert run.returncode == 0, run.stderr
     return output / run.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def wheel_matrix(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "packaging"))
+    return importlib.import_module("wheel_matrix")
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +103,9 @@ def test_what_building_needs_is_named(environment: dict, message: str, tmp_path:
     assert "Traceback" not in run.stderr
 
 
-def test_program_of_the_wheel_matrix_runs_here(tmp_path: Path) -> None:
+def test_program_of_the_wheel_matrix_runs_here(tmp_path: Path, wheel_matrix) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SMOKE]
+    command = [sys.executable, "-c", wheel_matrix.SMOKE]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith("ok: python"), run.stderr
 
@@ -176,7 +181,7 @@ def test_a_spill_ends_our_builds_and_no_others(tmp_path: Path, cuda: str, ci: di
     assert ("-warn-spills,-Werror" in flags) == (cuda == "ON" or bool(ci))
 
 
-def test_a_torch_that_no_index_has_is_skipped(tmp_path: Path, monkeypatch) -> None:
+def test_a_torch_that_no_index_has_is_skipped(tmp_path: Path, monkeypatch, wheel_matrix) -> None:
     """With a file of constraints too, about which pip speaks of a conflict instead."""
     constraint = tmp_path / "constraints.txt"
     constraint.write_text("torch<=2.14.1\n")

@@ -1,6 +1,6 @@
 """Build one wheel from the source distribution and run it in other environments: make wheels.
 
-    python python_tests/wheel_matrix.py [--wheel FILE] [PYTHON TORCH ...]
+    python packaging/wheel_matrix.py [--wheel FILE] [PYTHON TORCH ...]
 
 Each pair is an interpreter and a torch requirement, e.g. python3.12 torch==2.11.0. Every
 environment is a fresh one outside the checkout; there the package must load its extension, run
