@@ -15,6 +15,10 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "native", "reference")
+FLOATS = {  # the dtypes that the kernels of most ops take, by device type
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 OLDEST_CAPABILITY = (8, 0)  # of the GPUs that the kernels are compiled for
 
 _backend = "auto"

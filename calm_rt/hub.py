@@ -8,8 +8,9 @@ from calm_rt.documents import PathLike
 from calm_rt.ops.check import check
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 BESIDE_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json")
-TOKENIZERS = ("tokenizer.model", "tokenizer.json", *BESIDE_TOKENIZERS)
+TOKENIZERS = (TOKENIZER_MODEL, TOKENIZER_JSON, *BESIDE_TOKENIZERS)
 
 
 def local_folder(path: PathLike, hub: bool, *, tokenizer: bool = False) -> Path:
@@ -33,7 +34,7 @@ def local_folder(path: PathLike, hub: bool, *, tokenizer: bool = False) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        raise ValueError("hub: needs the package huggingface_hub, which is not here") from None
+        raise ValueError(f"hub: fetching {name} needs: pip install huggingface_hub") from None
     try:
         wanted = list(TOKENIZERS)
         if not tokenizer:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from calm_rt import official, reference
+from calm_rt.losses import MASK_ID
 from calm_rt.nn import Autoencoder, Calm
-
-MASK_ID = 0
 
 
 class AutoencoderNoise(NamedTuple):

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calm_rt.checkpoint import ENERGY
+from calm_rt.model_folder import HEAD_ALIAS
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig, EnergyHead
 from calm_rt.nn.backbone import Transformer
 from calm_rt.nn.plain import has_hooks
 from calm_rt.ops.check import check
 
-AUTOENCODER, ENERGY = "Autoencoder", "EnergyTransformer"
+AUTOENCODER = "Autoencoder"
 KINDS = (AUTOENCODER, ENERGY, "DiffusionTransformer", "FlowTransformer")
 OUTPUTS = {AUTOENCODER: "CausalLMOutputWithPast"}  # what forward returns, by kind
 OUTPUT = "CustomCausalLMOutput"  # of all others
@@ -31,7 +33,6 @@ MODEL_PARTS = ("ae_model", "transformer", "embed_proj", "generative_head")
 MODEL_METHODS = ("eval_brier", "temperature_sampling", "generate")
 MODULES = ("encoder", "decoder", *MODEL_PARTS)  # the parts that are submodules
 LIBRARIES = ("torch.", "transformers.")  # whose classes have a forward that is nobody's
-ALIASES = ("mlp_generator.",)  # a second name of generative_head
 # their forward is what a view computes
 STANDARD = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Sequential, nn.SiLU)
 UNCALLED = ("ae_model", "generative_head")  # whose forward no view stands in for
@@ -293,7 +294,7 @@ def _submodules(
     seen = []
     for name, module in model.named_modules(remove_duplicate=False):
         inside = name and f"{name}.".startswith(f"{path}." if path else "")
-        if inside and not name.startswith(without) and not f"{name}.".startswith(ALIASES):
+        if inside and not name.startswith(without) and not f"{name}.".startswith(HEAD_ALIAS):
             parent, _, last = name.rpartition(".")
             seen.append((model.get_submodule(parent)._modules, last, module, type(module), name))
     return seen
@@ -301,7 +302,7 @@ def _submodules(
 
 def _shapes(module: nn.Module, without: tuple[str, ...] = ()) -> dict[str, list[int]]:
     parameters = module.named_parameters(remove_duplicate=False)
-    return {n: list(p.shape) for n, p in parameters if not n.startswith((*ALIASES, *without))}
+    return {n: list(p.shape) for n, p in parameters if not n.startswith((HEAD_ALIAS, *without))}
 
 
 def _config(official: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Options of the command line that stand for fields of a configuration or are many of a kind."""
+"""Options of the command line that stand for fields of a configuration or are many of a kind, and
+names that options and arguments of Python share. Imports nothing, so that --help takes no time."""
 
 # option, type, what it is; defaults are those of calm_rt.training.TrainingConfig
 TRAINING_OPTIONS = [

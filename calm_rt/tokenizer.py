@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from calm_rt.atomic import scratch_folder
 from calm_rt.documents import PathLike, read_documents
-from calm_rt.hub import local_folder
+from calm_rt.hub import BESIDE_TOKENIZERS, TOKENIZER_JSON, TOKENIZER_MODEL, local_folder
 from calm_rt.ops.check import check
 
 SAMPLE_CHARACTERS = 10_000_000  # of text that a vocabulary is learnt from: 1 s at 1024 tokens
@@ -80,7 +80,7 @@ def train_tokenizer(
     expected = f"at least {MIN_VOCAB_SIZE} (256 bytes, 4 special tokens and some characters)"
     check(vocab_size >= MIN_VOCAB_SIZE, "vocab_size", expected, vocab_size)
     path = Path(path)
-    path = path if path.suffix == ".model" else path / "tokenizer.model"
+    path = path if path.suffix == ".model" else path / TOKENIZER_MODEL
     chunks = _sample_chunks(read_documents(corpus))
     model = _train_sentencepiece(chunks, vocab_size)
     with scratch_folder(path.parent, "path") as scratch:
@@ -100,7 +100,7 @@ def load_tokenizer(path: PathLike, *, hub: bool = False) -> Tokenizer:
     """
     path = local_folder(path, hub, tokenizer=True)
     if path.is_dir():
-        model, other = path / "tokenizer.model", path / "tokenizer.json"
+        model, other = path / TOKENIZER_MODEL, path / TOKENIZER_JSON
         if not model.is_file() and not other.is_file():
             raise ValueError(f"tokenizer: no tokenizer.model or tokenizer.json in {path}")
         usable = model.is_file() and not (other.is_file() and _is_tiktoken(model))
@@ -120,7 +120,7 @@ class SentencePieceTokenizer:
         data = self.path.read_bytes()
         self.fingerprint = _fingerprint(data)
         if _is_tiktoken(self.path):
-            right = self.path.with_name("tokenizer.json")
+            right = self.path.with_name(TOKENIZER_JSON)
             remedy = f"{right}" if right.is_file() else "the tokenizer.json of the same model"
             raise ValueError(
                 f"tokenizer: {path} is a tiktoken file, which is not supported; use {remedy}"
@@ -264,7 +264,7 @@ class HuggingFaceTokenizer:
         return HuggingFaceStream(self)
 
     def _special_id(self, kind: str) -> int | None:
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        for name in BESIDE_TOKENIZERS:
             token = _read_json(self.path.with_name(name)).get(f"{kind}_token")
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str) and self._tokenizer.token_to_id(token) is not None:

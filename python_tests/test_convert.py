@@ -347,7 +347,7 @@ def test_repositories_that_are_not_there(hub, path, message):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="hub: needs the package huggingface_hub"):
+    with pytest.raises(ValueError, match="hub: fetching owner/name needs: pip install hugg"):
         calm_rt.load("owner/name", hub=True)
 
 

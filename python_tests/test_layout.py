@@ -87,8 +87,8 @@ LAYERS = [  # a module imports of its own line and of those above
     "reference atomic options torch_archive",
     "ops _native official magnitudes costs tensor_files figures library threads curves",
     "nn host hub documents shuffle environment inputs testing",
-    "tokenizer data model_folder draws branches official_losses",
-    "checkpoint tuples brier causal_lm losses benchmark",
+    "tokenizer data model_folder draws branches",
+    "checkpoint tuples brier causal_lm losses official_losses benchmark",
     "pool report scaling training_config",
     "matches rejection evaluation training_state",
     "sampling training_loop",
@@ -154,6 +154,20 @@ def test_stream_tables_agree() -> None:
     assert table == {
         stream.name.title().replace("_", ""): int(stream) for stream in reference.Stream
     }
+
+
+@needs_checkout
+@pytest.mark.parametrize(
+    ("op", "constant", "header", "name"),
+    [
+        ("linear_argmax", "LONGEST", "kernels/linear_argmax.h", "kLongestScreened"),
+        ("linear_cross_entropy", "NARROW_ROWS", "ops/vocabulary_products.h", "kNarrowRows"),
+    ],
+)
+def test_limits_that_python_knows_agree(op: str, constant: str, header: str, name: str) -> None:
+    found = re.findall(rf"\b{name} = (\d+);", (ROOT / "csrc" / header).read_text())
+    module = inspect.getmodule(getattr(ops, op))
+    assert [int(value) for value in found] == [getattr(module, constant)]
 
 
 @needs_checkout

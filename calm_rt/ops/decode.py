@@ -20,10 +20,7 @@ from calm_rt.ops.gated_mlp import flat_layers, gated_mlp
 from calm_rt.ops.linear_argmax import check_screen, linear_argmax, usable_screen
 from calm_rt.reference import DecoderWeights
 
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+DTYPES = _native.FLOATS
 
 
 def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Tensor:

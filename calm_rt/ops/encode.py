@@ -19,10 +19,7 @@ from calm_rt.ops.check import (
 from calm_rt.ops.gated_mlp import flat_layers, gated_mlp
 from calm_rt.reference import EncoderWeights, FoldedEncoderWeights, LinearWeights
 
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+DTYPES = _native.FLOATS
 
 
 def encode(

@@ -15,10 +15,7 @@ from calm_rt.ops.check import (
 )
 from calm_rt.reference import MlpWeights
 
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+DTYPES = _native.FLOATS
 
 
 def gated_mlp(

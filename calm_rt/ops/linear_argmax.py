@@ -14,10 +14,7 @@ from calm_rt.ops.check import (
     check_tensor,
 )
 
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+DTYPES = _native.FLOATS
 SCREENED = (torch.float32, torch.bfloat16, torch.float16)
 LONGEST = 32768  # kLongestScreened of csrc/kernels/linear_argmax.h
 

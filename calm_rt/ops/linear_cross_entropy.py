@@ -17,17 +17,15 @@ from calm_rt.ops.check import (
     may_look,
 )
 
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
+DTYPES = _native.FLOATS
 
 REDUCTIONS = ("mean", "sum", "none")
 EXPECTED_REDUCTION = f"one of {REDUCTIONS}"
 
 FEW_ROWS = 1024  # up to which a list of the target is looked through faster than the tensor
 
-NARROW_ROWS = 64  # up to which a CPU multiplies 16-bit types as they are
+# up to which a CPU multiplies 16-bit types as they are (kNarrowRows of vocabulary_products.h)
+NARROW_ROWS = 64
 
 # Bytes of logits at a time, by device. Fewer rows mean that the weight and its gradient, which are
 # much larger than a row of hidden states, travel more often.

@@ -78,7 +78,7 @@ struct PanelSizes {
   int64_t num_panels, panel_bytes;
 };
 
-constexpr int64_t kLongestScreened = 32768;  // H up to which whole products fit 32 bits
+constexpr int64_t kLongestScreened = 32768;  // H up to which whole products fit 32 bits (LONGEST in linear_argmax.py)
 
 // How many rows of a launch are wanted, where only the device knows: those before *count, of which `before` belonged to
 // earlier launches. All where count is nullptr.
