@@ -15,7 +15,7 @@ from calm_rt.data import Tokenizer, TokenShards, load_tokenizer, read_documents
 from calm_rt.documents import JSON_LINES, SHARDS
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm, CalmConfig
 from calm_rt.ops.check import check
-from calm_rt.options import PLAN_SIZES, TRAINING_OPTIONS
+from calm_rt.options import AUTOENCODER_TRAINING, MODEL_TRAINING, PLAN_SIZES
 from calm_rt.training import TrainingConfig
 from calm_rt.training_state import TrainingState
 
@@ -27,11 +27,8 @@ def run_settings(
     either = not (options.resume and options.overwrite)
     check(either, "overwrite", "none with --resume (which keeps the run)", options.overwrite)
     shards = TokenShards(options.data)
-    fields = TrainingConfig.__dataclass_fields__
-    overrides = {
-        n: v for n, v in given_options(options, TRAINING_OPTIONS + names).items() if n in fields
-    }
-    given = {n: v for n, v in given_options(options, names).items() if n not in fields}
+    overrides = given_options(options, AUTOENCODER_TRAINING + MODEL_TRAINING)
+    given = given_options(options, names)
     if options.resume:
         for name, value in given.items():
             check(False, name, "none with --resume (the run has its sizes)", value)
@@ -160,7 +157,7 @@ def _lines(text: str) -> list[str]:
 
 
 def sizes_of(options: Namespace) -> tuple[CalmConfig, AutoencoderConfig, torch.dtype]:
-    """The configurations of a model folder, a config.json or CALM itself, with changes."""
+    """The configurations of a model folder, a config.json or neither, with changes."""
     dtype, values, inner = torch.float32, {}, {}
     if options.model:
         model = load_model(options.model, Calm, "meta")

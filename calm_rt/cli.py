@@ -15,13 +15,15 @@ from typing import NoReturn
 
 from calm_rt.options import (
     AUTOENCODER_OPTIONS,
+    AUTOENCODER_TRAINING,
+    DEFAULT_SIZES,
     DTYPES,
     LAYOUTS,
     MODEL_OPTIONS,
+    MODEL_TRAINING,
     PLAN_OPTIONS,
     PLAN_SIZES,
     SAMPLING_OPTIONS,
-    TRAINING_OPTIONS,
 )
 
 # in errors of torch and of the extension that no class tells from others
@@ -155,7 +157,7 @@ def _add_train_autoencoder(commands) -> None:
         "calm-rt train-autoencoder data --output runs/autoencoder --hidden-size 128 --steps 2000",
     )
     command.add_argument("data", help="folder that calm-rt tokenize made")
-    _add_training(command)
+    _add_training(command, AUTOENCODER_TRAINING)
     _add_options(command, "sizes", AUTOENCODER_OPTIONS)
 
 
@@ -168,7 +170,7 @@ def _add_train(commands) -> None:
     )
     command.add_argument("data", help="folder that calm-rt tokenize made")
     command.add_argument("--autoencoder", help="folder of a trained one (not with --resume)")
-    _add_training(command)
+    _add_training(command, MODEL_TRAINING)
     _add_options(command, "sizes", MODEL_OPTIONS)
 
 
@@ -309,7 +311,7 @@ def _add_plan(commands) -> None:
         "calm-rt plan --model runs/quickstart --batch-size 8 --num-candidates 200",
     )
     sizes = command.add_mutually_exclusive_group()
-    sizes.add_argument("--model", help="folder of a CALM (default: CALM's own sizes)")
+    sizes.add_argument("--model", help=f"folder of a CALM (default: {DEFAULT_SIZES})")
     sizes.add_argument("--config", metavar="FILE", help="a config.json alone")
     for name, default, summary in PLAN_OPTIONS:
         summary = f"{summary} (default: {default})"
@@ -329,7 +331,7 @@ def _command(commands, name: str, summary: str, example: str) -> Parser:
     )
 
 
-def _add_training(command: Parser) -> None:
+def _add_training(command: Parser, settings: list[tuple[str, type, str]]) -> None:
     command.add_argument("--output", required=True, help="folder for model, state, log and curves")
     command.add_argument(
         "--resume", action="store_true", help="continue the run in --output with its settings"
@@ -337,7 +339,7 @@ def _add_training(command: Parser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace the run in --output")
     _add_device(command)
     _add_json(command)
-    _add_options(command, "training", TRAINING_OPTIONS)
+    _add_options(command, "training", settings)
 
 
 def _add_options(command: Parser, title: str, options: list[tuple[str, type, str]]) -> None:

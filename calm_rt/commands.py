@@ -266,13 +266,12 @@ def plan(options: Namespace) -> None:
         dtype=dtype,
         **{name: getattr(options, name) for name in texts},
     )
-    targets = {"num_targets": options.num_targets} if hasattr(options, "num_targets") else {}
     training = planning.plan_training(
         config,
         autoencoder_config,
         batch_size=options.batch_size,
         block_size=options.block_size,
-        **targets,
+        num_targets=options.num_targets,
     )
     rate = planning.gemm_rate(dtype) if rate is None else rate
     report = {"gemm_rate": rate, "generation": generation, "training": training}

@@ -1,24 +1,49 @@
 """Options of the command line that stand for fields of a configuration or are many of a kind, and
-names that options and arguments of Python share. Imports nothing, so that --help takes no time."""
+names that options and arguments of Python share. Imports nothing: --help needs none of it."""
 
-# option, type, what it is; defaults are those of calm_rt.training.TrainingConfig
+# option, type, what it is; defaults are those of calm_rt.training_config.TrainingConfig
 TRAINING_OPTIONS = [
-    ("steps", int, "optimizer steps"),
-    ("minutes", float, "end earlier, after this much training; the schedule follows the clock"),
-    ("batch-size", int, "blocks a step, over all processes"),
-    ("block-size", int, "tokens a block, a multiple of the patch size"),
-    ("accumulation", int, "parts in which a process computes its share of a batch"),
-    ("learning-rate", float, "after warm-up"),
-    ("warmup-steps", int, "steps of linear warm-up"),
-    ("schedule", str, "after warm-up: constant, cosine or linear"),
-    ("weight-decay", float, "of matrices"),
-    ("clip-norm", float, "largest norm of the gradient"),
-    ("precision", str, "fp32, bf16 or auto (the faster one here, measured once)"),
-    ("seed", int, "of weights, order and noise"),
-    ("log-every", int, "steps between lines of log.jsonl"),
-    ("evaluate-every", int, "steps between evaluations on held-out text"),
-    ("save-every", int, "steps between checkpoints"),
-    ("evaluation-blocks", int, "held-out blocks in an evaluation"),
+    ("steps", int, "optimizer steps (default: 1000)"),
+    (
+        "minutes",
+        float,
+        "end earlier, after this much training; the schedule follows the clock (default: none)",
+    ),
+    ("batch-size", int, "blocks a step, over all processes (default: 16)"),
+    ("block-size", int, "tokens a block, a multiple of the patch size (default: 512)"),
+    ("accumulation", int, "parts in which a process computes its share of a batch (default: 1)"),
+    ("learning-rate", float, "after warm-up (default: 0.001)"),
+    ("warmup-steps", int, "steps of linear warm-up (default: 100)"),
+    ("schedule", str, "after warm-up: constant, cosine or linear (default: constant)"),
+    ("weight-decay", float, "of matrices (default: 0.1)"),
+    ("clip-norm", float, "largest norm of the gradient (default: 1.0)"),
+    (
+        "precision",
+        str,
+        "fp32, bf16 or auto, the faster one here, measured once (default: auto)",
+    ),
+    ("seed", int, "of weights, order and noise (default: 0)"),
+    ("log-every", int, "steps between lines of log.jsonl (default: 10)"),
+    ("evaluate-every", int, "steps between evaluations on held-out text (default: 200)"),
+    ("save-every", int, "steps between checkpoints (default: 500)"),
+    ("evaluation-blocks", int, "held-out blocks in an evaluation (default: 16)"),
+]
+AUTOENCODER_TRAINING = [
+    *TRAINING_OPTIONS,
+    (
+        "random-tokens",
+        float,
+        "share of tokens made random, so that rare ones are learnt (default: 0.0)",
+    ),
+    (
+        "target-accuracy",
+        float,
+        "stop when this share of held-out tokens comes back (default: none)",
+    ),
+]
+MODEL_TRAINING = [
+    *TRAINING_OPTIONS,
+    ("num-targets", int, "target draws of the energy score (default: 100)"),
 ]
 AUTOENCODER_OPTIONS = [
     ("hidden-size", int, "features of a token"),
@@ -26,8 +51,6 @@ AUTOENCODER_OPTIONS = [
     ("latent-size", int, "numbers in the latent vector of a patch"),
     ("num-encoder-layers", int, "half before, half after a patch becomes one vector"),
     ("num-decoder-layers", int, "half before, half after a vector becomes a patch"),
-    ("random-tokens", float, "share of tokens made random, so that rare ones are learnt"),
-    ("target-accuracy", float, "stop when this share of held-out tokens comes back"),
 ]
 MODEL_OPTIONS = [
     ("hidden-size", int, "features of a patch"),
@@ -40,7 +63,6 @@ MODEL_OPTIONS = [
     ("num-samples", int, "draws of every next patch in training"),
     ("beta", float, "exponent of the energy score"),
     ("max-position-embeddings", int, "patches in the longest text"),
-    ("num-targets", int, "target draws of the energy score"),
 ]
 SAMPLING_OPTIONS = [  # defaults are those of calm_rt.sequence.GenerationOptions
     ("temperature", str, "1, 1/2, 1/3, ... or 0; any in (0, 1] with --method exact (default: 1)"),
@@ -57,7 +79,10 @@ PLAN_OPTIONS = [
     ("max-new-tokens", 128, "of each sequence"),
     ("prefill-chunk", 1024, "patches of prompts in one forward pass"),
     ("block-size", 512, "tokens of a block in training"),
+    ("num-targets", 100, "target draws of the energy score in training"),
 ]
+# of CalmConfig(), as in configuration_calm.py of the official code
+DEFAULT_SIZES = "the official code's sizes, patch 4, vocabulary 32,000, hidden 768, 12 layers"
 PLAN_SIZES = [
     ("patch-size", int, "tokens a patch"),
     ("vocab-size", int, "tokens of the vocabulary"),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,9 @@ from small_runs import SENTENCES, SHORT, SIZES, output_of
 
 from calm_rt import checkpoint, cli
 from calm_rt.data import TokenShards, load_tokenizer
+from calm_rt.nn import CalmConfig
+from calm_rt.options import DEFAULT_SIZES, PLAN_OPTIONS
+from calm_rt.training_config import TrainingConfig
 from calm_rt.training_state import STATE
 
 COMMANDS = [
@@ -37,6 +41,32 @@ def test_help_shows_an_example(command, capsys):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert f"example: calm-rt {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_names_the_defaults_of_training(capsys):
+    fields, shown = TrainingConfig.__dataclass_fields__, set()
+    for command in ("train", "train-autoencoder"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        training, _, sizes = text.partition(" training: ")[2].partition(" sizes: ")
+        assert "--hidden-size" in sizes and "default" not in sizes
+        found = re.findall(r"--([\w-]+) [A-Z_]+ [^(]*\(default: (\S+)\)", training)
+        assert len(found) == training.count("--")
+        for option, default in found:
+            value = fields[option.replace("-", "_")].default
+            assert default == ("none" if value is None else str(value)), option
+        shown |= {option.replace("-", "_") for option, _ in found}
+    assert fields.keys() - shown == {"betas", "fold_encoder"}  # for Python alone
+
+
+def test_help_names_the_sizes_of_a_plan():
+    config = CalmConfig()
+    sizes = f"patch {config.patch_size}, vocabulary {config.vocab_size:,}, hidden "
+    sizes += f"{config.hidden_size}, {config.num_hidden_layers} layers"
+    assert f"the official code's sizes, {sizes}" == DEFAULT_SIZES
+    targets = next(default for name, default, _ in PLAN_OPTIONS if name == "num-targets")
+    assert targets == TrainingConfig().num_targets
 
 
 def test_examples_parse():
