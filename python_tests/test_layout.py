@@ -171,6 +171,15 @@ def test_limits_that_python_knows_agree(op: str, constant: str, header: str, nam
 
 
 @needs_checkout
+def test_lint_and_pre_commit_take_the_same_versions() -> None:
+    hooks = ROOT / ".pre-commit-config.yaml"
+    if not hooks.is_file():
+        pytest.skip("a source distribution")
+    pinned = re.search(r"pip install -q (ruff==.*)", (ROOT / "Makefile").read_text())[1]
+    assert re.findall(r"==(\S+)", pinned) == re.findall(r"rev: v(\S+)", hooks.read_text())
+
+
+@needs_checkout
 def test_no_shared_symbol_is_compiled_for_one_instruction_set() -> None:
     """An inline std function compiled for AVX-512 could be the copy that the linker keeps."""
     built = ROOT.glob("build/*/CMakeFiles/cpu_avx512.dir/csrc/kernels/cpu/*.o")
