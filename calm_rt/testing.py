@@ -33,7 +33,8 @@ class Case:
     benchmark: large, for timing; the others are small, for the laws.
     dtype: that the benchmark runs in.  rounds: how often it is timed.
     official_arguments: what the official formula takes where the op takes something prepared.
-    prepare: from the arguments in their type, what the op takes beside them, made beforehand.
+    prepare: makes further arguments of the op, such as the screen of a weight. It gets the others
+        in the dtype and on the device of the call. The official formula takes none of them.
     """
 
     op: str

@@ -24,7 +24,7 @@ class Calm(nn.Module):
     Raises ValueError if the two configurations disagree on patch_size, latent_size or vocab_size.
     """
 
-    numbered_draws = True  # whether draw i of a row is the same however many others are asked for
+    numbered_draws = True  # draw i of a row does not depend on how many draws are asked for
 
     def __init__(self, config: CalmConfig, autoencoder_config: AutoencoderConfig):
         super().__init__()

@@ -54,10 +54,12 @@ def linear_cross_entropy(
         on a CPU and 1 GB on a GPU. The gradients differ in rounding between budgets.
     returns: [] for "mean" and "sum", [R] for "none"; nats, float32 for 16-bit inputs; once
         differentiable in hidden and weight.
-    Memory: no [R, V] logits, but for gradients of no more than H rows (16-bit types on a CPU: 64)
-        that fit max_workspace_bytes; the gradient of the weight is larger. For "mean" and "sum" of
-        others the gradients are computed in the forward and kept, [R, H] and [V, H] in float32
-        (float64 for float64 inputs), for "none" in the backward.
+    Memory: the logits exist a block of rows at a time, as max_workspace_bytes says.
+        Of at most H rows (bfloat16 on a CPU: at most 64 too) the gradient of the logits, [R, V], is
+        kept for the backward if it fits max_workspace_bytes. It is no larger than the gradient of
+        the weight. float16 and exported programs never keep it.
+        Of more rows "mean" and "sum" compute the gradients in the forward and keep them, [R, H] and
+        [V, H] in float32 (float64 for float64 inputs). "none" computes them in the backward.
     Under torch.autocast hidden and weight are cast as F.linear casts them.
     Raises ValueError for other shapes, types or devices, or an unknown reduction; IndexError for a
     target outside the vocabulary in eager code on a CPU, elsewhere the kernel gives NaN for it.

@@ -16,7 +16,8 @@ def survivors(tokens: Tensor, kept: Tensor, *, depth: int) -> tuple[Tensor, Tens
     of `linear_argmax`.
 
     tokens: [B, S, K] int64, a pool of S candidates for each context.
-    kept: [B] int64, a candidate of each pool that counts as one that does; any other number, none.
+    kept: [B] int64, the number s of one candidate of each pool. It comes first too, whether it
+        shares its tokens or not. A number that no candidate has keeps none.
     depth: from 0 to K, how many tokens of each candidate are compared.
     returns: [B S] int64, the numbers b S + s, in order those that share or are kept, then in order
         the others; [] int64, how many come first. The same on every device.
