@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from calm_rt.atomic import scratch_folder
 from calm_rt.hub import local_folder
@@ -40,6 +41,7 @@ from calm_rt.options import LAYOUTS
 from calm_rt.tensor_files import write_json, write_shards, write_torch
 
 ENERGY = "EnergyTransformer"
+NAMED = 5  # tensors at most, in an error about many
 
 
 def load(
@@ -85,15 +87,19 @@ def save(
         the folder `autoencoder`, to which ae_path points.
     max_shard_bytes: of "calm_rt", of the tensors in a file, of which one is taken at least; None
         for one file of all.
-    raises: ValueError for a layout that is none, a vocabulary of the decoder that is not the
-        encoder's, and a folder in which other files of tensors would be read in place of these.
+    Of compiled parts the tensors are written, of parametrized ones the weights that they compute in
+    evaluation.
+    raises: ValueError for a layout that is none, tensors that `load` would refuse, a vocabulary of
+        the decoder that is not the encoder's, and a folder in which other files of tensors would be
+        read in place of these; then nothing is written.
     """
     model = uncompiled(model)
     kinds = isinstance(model, Autoencoder | Calm)
     check(kinds, "model", "an Autoencoder or a Calm", type(model).__name__)
     folder = Path(path)
     _check_output(folder, layout, max_shard_bytes)
-    tensors, inner = model.state_dict(), None
+    tensors, inner = _plain_tensors(model), None
+    _check_tensors(model, tensors)
     kind = ENERGY if isinstance(model, Calm) else "Autoencoder"
     for name in [name for name in tensors if name.endswith(EMBEDDING_ALIAS)]:
         alias = tensors.pop(name)
@@ -149,6 +155,50 @@ def convert(
     for target in (output, output / INNER) if layout == "official" and inner else (output,):
         copy_tokenizer(Path(source), target)
     return folder
+
+
+@torch.no_grad()
+def _plain_tensors(model: Autoencoder | Calm) -> dict[str, Tensor]:
+    """The state dict as of a model whose parts are neither compiled nor parametrized."""
+    tensors = model.state_dict()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not is_parametrized(module):
+            continue
+        prefix = f"{path}." if path else ""
+        for name in [n for n in tensors if n.startswith(f"{prefix}parametrizations.")]:
+            del tensors[name]
+        for name, chain in module.parametrizations.items():
+            training = chain.training
+            chain.eval()  # in training a spectral norm changes its state at every look
+            tensors[prefix + name] = getattr(module, name)
+            chain.train(training)
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+
+
+def _check_tensors(model: Autoencoder | Calm, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless `load` takes these tensors for a model of these configurations."""
+    with torch.device("meta"):
+        if isinstance(model, Calm):
+            fresh = Calm(model.config, model.ae_model.config)
+        else:
+            fresh = Autoencoder(model.config)
+    wanted = fresh.state_dict()
+    for found, names in (
+        ("also", tensors.keys() - wanted.keys()),
+        ("none of", wanted.keys() - tensors.keys()),
+    ):
+        few = ", ".join(sorted(names)[:NAMED]) + (f" ({len(names)} in all)" if names else "")
+        check(
+            not names,
+            "model",
+            "the tensors of its configurations, which load takes",
+            found + " " + few,
+        )
+    for name, tensor in tensors.items():
+        shape, dtype = list(wanted[name].shape), tensor.dtype
+        expected = f"{name} of shape {shape} and a floating-point type"
+        fits = list(tensor.shape) == shape and dtype in DTYPES
+        check(fits, "model", expected, f"{list(tensor.shape)} {dtype}")
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
