@@ -28,10 +28,18 @@ class CalmForTraining(nn.Module):
             **SIZES,
         )
         self.calm = Calm(config, AutoencoderConfig(hidden_size=64, intermediate_size=128, **SIZES))
+        # safetensors, and so Trainer and Accelerate, takes no tensor twice: a parameter that a
+        # Calm has under two names is shown under one, and loading completes the other
+        self.register_state_dict_post_hook(drop_alias)
 
-    def forward(self, input_ids: Tensor, seed: int) -> Tensor:
+    def forward(self, input_ids: Tensor, seed: int = 0) -> Tensor:
         """input_ids: [B, T] int64.  returns: [], the energy loss."""
         return energy_loss(self.calm, input_ids, seed=seed)[0]
+
+
+def drop_alias(_: nn.Module, tensors: dict[str, Tensor], prefix: str, *__: object) -> None:
+    """Takes the second name of the autoencoder's embedding out of a state dict."""
+    tensors.pop(f"{prefix}calm.ae_model.decoder.lm_head_weight", None)
 
 
 def random_blocks(count: int, seed: int = 0) -> list[dict[str, Tensor]]:

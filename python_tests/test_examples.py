@@ -1,5 +1,6 @@
 """Every example runs for a few steps, says what it should, and stays short."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -61,9 +63,9 @@ sys.argv = sys.argv[1:]
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
 import small_calm
 forward = small_calm.CalmForTraining.forward
-def noted(self, input_ids, seed):
-    print("seed", seed, flush=True)
-    return forward(self, input_ids, seed)
+def noted(self, input_ids, *seed):
+    print("seed", *seed, flush=True)  # none in evaluation
+    return forward(self, input_ids, *seed)
 small_calm.CalmForTraining.forward = noted
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -74,6 +76,27 @@ def test_microbatches_of_a_step_have_noise_of_their_own(name: str, tmp_path: Pat
     options = ("--steps", "3", "--accumulate", "4")
     printed = run(name, tmp_path, *options, driver=("-c", SEEDS))
     assert re.findall(r"seed (\d+)", printed) == [str(count) for count in range(12)]
+
+
+def test_trainer_resumes_from_its_checkpoint_and_evaluates(tmp_path: Path) -> None:
+    for steps, first in (("2", 0), ("4", 2)):
+        options = ("--steps", steps, "--output", "run")
+        printed = run("hf_trainer", tmp_path, *options, driver=("-c", SEEDS))
+        seeds = [str(seed) for seed in range(first, int(steps))]
+        assert re.findall(r"seed (\d+)", printed) == seeds
+        assert (tmp_path / "run" / f"checkpoint-{steps}" / "model.safetensors").is_file()
+        assert re.search(r"eval_loss\W+\d", printed) and f"over {steps} steps" in printed
+
+
+def test_state_dict_of_the_small_model_holds_no_tensor_twice(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    model, other = (importlib.import_module("small_calm").CalmForTraining() for _ in range(2))
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    assert safetensors.load_model(other, tmp_path / "model.safetensors") == (set(), [])
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    autoencoder = other.calm.ae_model
+    assert autoencoder.decoder.lm_head_weight is autoencoder.encoder.embed_tokens.weight
 
 
 def test_greedy_decoding_of_a_head_with_a_bias(tmp_path: Path) -> None:
