@@ -35,12 +35,17 @@ from calm_rt.model_folder import (
 )
 from calm_rt.nn import Autoencoder, AutoencoderConfig, Calm
 from calm_rt.nn.autoencoder import EMBEDDING, EMBEDDING_ALIAS
-from calm_rt.nn.plain import uncompiled
+from calm_rt.nn.plain import is_sharded, uncompiled
 from calm_rt.ops.check import check
 from calm_rt.options import LAYOUTS
 from calm_rt.tensor_files import write_json, write_shards, write_torch
 
 ENERGY = "EnergyTransformer"
+GATHER = "get_model_state_dict(..., options=StateDictOptions(full_state_dict=True))"
+GATHERED = (
+    f"whole tensors: gather those of FSDP2 with torch.distributed.checkpoint.state_dict.{GATHER},"
+    " load them into a model of the same configurations and save that (examples/fsdp2.py)"
+)
 NAMED = 5  # tensors at most, in an error about many
 
 
@@ -193,6 +198,7 @@ def _check_tensors(model: Autoencoder | Calm, tensors: dict[str, Tensor]) -> Non
     for name, tensor in tensors.items():
         shape, dtype = list(wanted[name].shape), tensor.dtype
         expected = f"{name} of shape {shape} and a floating-point type"
+        check(not is_sharded(tensor), "model", GATHERED, f"a DTensor, {name}")
         fits = list(tensor.shape) == shape and dtype in DTYPES
         check(fits, "model", expected, f"{list(tensor.shape)} {dtype}")
 

@@ -1,6 +1,6 @@
 """A CALM under FSDP2 (fully_shard), on GPUs or on the CPU.
 
-torchrun --nproc-per-node 2 examples/fsdp2.py --steps 3
+torchrun --nproc-per-node 2 examples/fsdp2.py --steps 3 --output model
 """
 
 import argparse
@@ -9,11 +9,13 @@ import time
 import torch
 import torch.distributed as dist
 from small_calm import BLOCK, CalmForTraining
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--output", help="a folder for the model")
 options = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -43,6 +45,13 @@ if rank == 0:
     held = sum(p.to_local().numel() for p in model.parameters())
     whole = sum(p.numel() for p in model.parameters())
     print(f"loss {loss.item() / size:.3f}; a process holds {held:,} of {whole:,} parameters")
+if options.output:
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process only
+    tensors = get_model_state_dict(model, options=whole)
+    if rank == 0:
+        gathered = CalmForTraining()
+        gathered.load_state_dict(tensors)
+        gathered.calm.save(options.output)
 dist.barrier()
 time.sleep(0.5)  # a thread of gloo that still frees a tensor when Python ends aborts the process
 dist.destroy_process_group()

@@ -12,6 +12,8 @@ import pytest
 import safetensors.torch as safetensors
 import torch
 
+import calm_rt
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LONGEST = 60  # lines
 LOSS = r"loss -?\d+\.\d+"
@@ -22,7 +24,11 @@ RUNS = {  # options, packages, and what is printed at the end
     "forecast_score": (["--steps", "150"], [], r"correlation of parts 0\.[6-9]"),  # 0.86 in truth
     "greedy_decoding": (["--steps", "8"], ["transformers"], "the same as generate: True"),
     "brier_of_causal_lm": ([], ["transformers"], r"Brier-1 to 4 +0\.00\d\d, .*\n[\d,]+ tokens/s"),
-    "fsdp2": (["--steps", "3"], [], rf"{LOSS}; a process holds 165,080 of 330,160 parameters"),
+    "fsdp2": (
+        ["--steps", "3", "--output", "model"],
+        [],
+        rf"{LOSS}; a process holds 165,080 of 330,160 parameters",
+    ),
 }
 LAUNCH = {"fsdp2": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
 
@@ -54,6 +60,9 @@ def test_example(name: str, tmp_path: Path) -> None:
     options, _, expected = RUNS[name]
     printed = run(name, tmp_path, *options)
     assert re.search(expected, printed), printed
+    if name == "fsdp2":
+        norms = calm_rt.load(tmp_path / "model").transformer.norm.weight
+        assert not torch.equal(norms, torch.ones(64))  # trained
 
 
 SEEDS = """

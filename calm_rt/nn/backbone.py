@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from calm_rt import ops, reference
 from calm_rt.nn.autoencoder import GatedMLP, RMSNorm, init_weights
 from calm_rt.nn.config import CalmConfig
-from calm_rt.nn.plain import is_plain
+from calm_rt.nn.plain import check_whole, is_plain
 from calm_rt.ops.check import check, check_int, check_shape, may_look
 
 ALIGNMENT = 64  # bytes, of a cache's rows: a library's bits may depend on where an operand lies
@@ -176,6 +176,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [...] int64.  returns: [..., H]."""
+        check_whole(self.weight)
         return reference.embed(ids, self.weight)
 
 

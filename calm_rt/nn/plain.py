@@ -5,6 +5,11 @@ from torch import Tensor, nn
 from calm_rt.ops.check import check
 from calm_rt.reference import LinearWeights
 
+WHOLE = (
+    "whole weights where ops take them: under FSDP2 fully_shard the layers of the backbone and then"
+    " the module whose forward is the loss (examples/fsdp2.py), no other part, and fold before that"
+)
+
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """What torch.compile wraps, or the module itself."""
@@ -39,19 +44,37 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def check_plain(module: nn.Module, kind: type[nn.Module]) -> None:
     """raises: ValueError where the module computes something else than `kind`'s forward."""
-    expected = f"{kind.__name__} modules that compute as they do in torch or calm_rt, for ops take"
-    expected += " their weights (no adapter, quantisation, hook or own forward)"
     change = change_of(module, kind)
-    check(not change, "model", expected, change)
+    if change:
+        check_whole(*module.parameters())  # it may be FSDP2 that changed it
+        expected = f"{kind.__name__} modules that compute as they do in torch or calm_rt, for ops"
+        expected += " take their weights (no adapter, quantisation, hook or own forward)"
+        check(False, "model", expected, change)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, which is not imported for that: it takes a second, and some builds
+    of torch have none."""
+    return hasattr(tensor, "device_mesh")
+
+
+def check_whole(*weights: Tensor) -> None:
+    """raises: ValueError where a weight is spread over processes (fully_shard, FSDP2)."""
+    for weight in weights:
+        if is_sharded(weight):
+            check(False, "model", WHOLE, "a DTensor")
 
 
 def weight_of(module: nn.Module, kind: type[nn.Module]) -> Tensor:
     """The module's weight, for an op that stands in for `kind`'s forward.
 
-    raises: ValueError where the module computes something else with it.
+    raises: ValueError where the module computes something else with it, or has not all of it.
     """
     check_plain(module, kind)
-    return module.weight
+    weight = module.weight
+    if type(weight) is not nn.Parameter:  # most are, and many are asked for
+        check_whole(weight)
+    return weight
 
 
 def weights_of(module: nn.Linear | nn.LayerNorm) -> LinearWeights:
