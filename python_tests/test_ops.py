@@ -345,7 +345,7 @@ def test_wrong_numbers_are_named(case: Case) -> None:
     for name, parameter in parameters.items():
         annotation = str(parameter.annotation)
         is_int = annotation in ("<class 'int'>", "int | None") or name == "seed"
-        if not (is_int or name == "beta"):
+        if not (is_int or name in ("beta", "eps")):
             continue
         given = arguments.get(name, parameter.default)
         for wrong in ("1", [1], *([2.5] if is_int else [])):

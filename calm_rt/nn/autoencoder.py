@@ -117,9 +117,10 @@ class Encoder(nn.Module):
             weight_of(self.norm, RMSNorm),
             weights_of(self.hidden_to_latent),
         )
-        if self.tables is not None and not self.is_trained():
-            return FoldedEncoderWeights(self.tables, *rest)
-        if not torch.compiler.is_compiling():
+        tables, trained = self.tables, self.is_trained()
+        if tables is not None and not trained and tables.dtype == first[0].dtype:
+            return FoldedEncoderWeights(tables, *rest)
+        if trained and not torch.compiler.is_compiling():
             self.tables = None  # what is trained is another encoder when it is frozen again
         return EncoderWeights(*first, *rest)
 
@@ -285,7 +286,8 @@ def fold_encoder(autoencoder: Autoencoder) -> None:
     and go when a state dict is loaded or the encoder encodes while it is trained (in eager code);
     after changing parameters in place, fold again. Under DistributedDataParallel fold behind the
     wrapping, or with broadcast_buffers=False, for they are a buffer. Parameters that
-    torch.func.functional_call puts in their place do not change them.
+    torch.func.functional_call puts in their place do not change them; while parameters are of
+    another type than the tables (mixed precision of FSDP2) these are not used.
     Raises ValueError where a parameter of the encoder requires a gradient.
     """
     _check_autoencoder(autoencoder)

@@ -7,6 +7,7 @@ so they neither wait for a device nor break a `torch.compile` graph.
 import functools
 import operator
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Literal, NoReturn, SupportsIndex, overload
 
 import torch
@@ -84,6 +85,12 @@ def check_int(name: str, value: SupportsIndex, least: int, most: int | None = No
     return value
 
 
+def check_number(name: str, value: float) -> None:
+    """Raises ValueError unless the value is a number."""
+    if not isinstance(value, float | Real):  # most are floats, which is seen faster
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+
+
 def check_float(name: str, *tensors: Tensor) -> None:
     """Raises ValueError unless every tensor is floating point; a group may share a name."""
     for tensor in tensors:
@@ -154,6 +161,47 @@ def check_mlp(name: str, weights: MlpWeights, hidden_size: int) -> None:
     check_shape(f"{name}.gate", weights.gate, I=None, H=hidden_size)
     check_shape(f"{name}.up", weights.up, I=weights.gate.shape[0], H=hidden_size)
     check_shape(f"{name}.down", weights.down, H=hidden_size, I=weights.gate.shape[0])
+
+
+def check_types(
+    like: str, tensor: Tensor, weights: EncoderWeights | FoldedEncoderWeights | DecoderWeights
+) -> None:
+    """Raises ValueError unless the tensor, called `like`, is of a floating-point type and matrices
+    and biases are of the same, which under autocast they need not be. Norms may be of another."""
+    dtype = tensor.dtype
+    if not dtype.is_floating_point:
+        check_float(like, tensor)
+    for part in weights:  # written out, as every call looks at them all
+        fits = True
+        if isinstance(part, LinearWeights):
+            fits = part[0].dtype == dtype and part[1].dtype == dtype
+        elif isinstance(part, list | tuple):
+            for _, gate, up, down in part:
+                if gate.dtype != dtype or up.dtype != dtype or down.dtype != dtype:
+                    fits = False
+        if not fits:
+            _check_matrices(like, tensor, weights)
+    if isinstance(weights, DecoderWeights) and weights.vocabulary.dtype != dtype:
+        _check_matrices(like, tensor, weights)
+
+
+def _check_matrices(like: str, tensor: Tensor, weights: tuple) -> None:
+    """The same as `check_types`, one by one."""
+    for name, part in zip(weights._fields, weights, strict=True):
+        matrices = part if isinstance(part, LinearWeights) else []
+        if name == "vocabulary":
+            matrices = [part]
+        elif name.endswith("_layers"):
+            matrices = [matrix for layer in part for matrix in layer[1:]]
+        for matrix in matrices:
+            fits = matrix.dtype == tensor.dtype or _casts(tensor, matrix)
+            check(fits, f"weights.{name}", f"the type of {like}, {tensor.dtype}", matrix.dtype)
+
+
+def _casts(*tensors: Tensor) -> bool:
+    """Whether autocast brings these to one type."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return not wide and is_autocast_on(tensors[0].device)
 
 
 def _check_kind(weights: object, *kinds: type) -> None:

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from calm_rt import _native, reference
 from calm_rt.ops.check import (
     check,
     check_decoder,
-    check_float,
+    check_number,
     check_shape,
+    check_types,
     check_weights_device,
     is_autocast_on,
 )
@@ -27,17 +27,18 @@ def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Te
     """The most probable token of every slot of every patch.
 
     latents: [R, L].
-    weights: of the decoder; the expansion fixes K.
+    weights: of the decoder, in latents' type but for norms; the expansion fixes K.
     eps: of the RMS norms.
     returns: [R, K] int64; no gradient.
     Raises ValueError for other shapes, types or devices.
     Source: the official Decoder.forward and the argmax behind it.
     """
-    _check(latents, weights)
+    _check(latents, weights, eps)
     if not _native.use_native("decode", latents, latents.dtype, DTYPES):
         return _native.call_reference(reference.decode, latents, weights, eps)
-    leaves = [latents, *tree_leaves(weights._replace(screen=()))]
-    mixed = any(leaf.dtype != latents.dtype for leaf in leaves)
+    layers = [*weights.patch_layers, *weights.token_layers]
+    norms = [weights.norm, *(layer.norm for layer in layers)]
+    mixed = any(norm.dtype != latents.dtype for norm in norms)
     if mixed or is_autocast_on(latents.device):
         hidden = decode_hidden(latents, weights, eps=eps)  # [R, K, H]
         ids = linear_argmax(hidden.flatten(0, 1), weights.vocabulary, weights.screen)
@@ -66,7 +67,7 @@ def decode_patch(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6)
     returns: [R, H], with gradients.
     Raises ValueError for other shapes, types or devices.
     """
-    _check(latents, weights)
+    _check(latents, weights, eps)
     hidden = F.linear(latents, *weights.latent)
     for layer in weights.patch_layers:
         hidden = gated_mlp(hidden, *layer, eps=eps)
@@ -132,11 +133,12 @@ def _flat(weights: DecoderWeights) -> tuple:
     return *patches, *tokens, norm, weights.vocabulary, screen
 
 
-def _check(latents: Tensor, weights: DecoderWeights) -> None:
+def _check(latents: Tensor, weights: DecoderWeights, eps: float) -> None:
     check_shape("latents", latents, R=None, L=None)
-    check_float("latents", latents)
     check_decoder(weights, latents.shape[1])
     check_weights_device(latents.device, weights)
+    check_types("latents", latents, weights)
+    check_number("eps", eps)
     if weights.screen is not None:
         check_screen("weights.screen", weights.screen)
 

@@ -11,7 +11,9 @@ from calm_rt.ops.check import (
     check_encoder,
     check_ids,
     check_int64,
+    check_number,
     check_shape,
+    check_types,
     check_weights_device,
     is_autocast_on,
     may_look,
@@ -28,8 +30,8 @@ def encode(
     """Posterior mean and log standard deviation of each patch.
 
     ids: [R, K] int64, the tokens of a patch.
-    weights: of the encoder; the squeeze fixes K. Folded, of a frozen encoder, they save everything
-        before the squeeze (see `nn.fold_encoder`).
+    weights: of the encoder, of one type but for norms; the squeeze fixes K. Folded, of a frozen
+        encoder, they save everything before the squeeze (see `nn.fold_encoder`).
     eps: of the RMS norms.
     returns: two [R, L], each contiguous, with gradients to weights that are not folded. On a GPU an
         id outside [0, V) makes its row NaN.
@@ -43,9 +45,10 @@ def encode(
     folded = isinstance(weights, FoldedEncoderWeights)
     table = weights.tables if folded else weights.embedding
     check_weights_device(ids.device, weights)
+    check_types("weights.tables" if folded else "weights.embedding", table, weights)
+    check_number("eps", eps)
     check_ids("ids", ids, table.shape[-2])
-    leaves = tree_leaves(weights)
-    trained = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    trained = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree_leaves(weights))
     check(not (folded and trained), "weights", "no gradient to folded weights", "one")
     if not _native.use_native("encode", ids, table.dtype, DTYPES):
         mean, log_std = _native.call_reference(reference.encode, ids, weights, eps)

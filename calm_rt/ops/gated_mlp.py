@@ -9,6 +9,7 @@ from calm_rt.ops.check import (
     check,
     check_device,
     check_float,
+    check_number,
     check_shape,
     check_tensor,
     is_autocast_on,
@@ -41,6 +42,7 @@ def gated_mlp(
     _check_shapes(x, norm_weight, gate, up, down)
     if not alike(x, norm_weight, gate, up, down):
         _check_types(autocast, x, norm_weight=norm_weight, gate=gate, up=up, down=down)
+    check_number("eps", eps)
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
     if not _native.use_native("gated_mlp", x, dtype, DTYPES):
