@@ -32,6 +32,8 @@ SAMPLED = 64  # numbers of a vocabulary, in which writes are looked for that tor
 def init_weights(module: nn.Module, std: float) -> None:
     """The official initialisation: linear and embedding weights N(0, std), biases 0, norms 1."""
     for part in module.modules():
+        if isinstance(part, RMSNorm | nn.LayerNorm):
+            part.reset_parameters()
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=std)
         if isinstance(part, nn.Linear) and part.bias is not None:
@@ -43,8 +45,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch's norms have it, for modules that were made on `meta`."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., H].  returns: [..., H] in x's type."""
@@ -201,9 +208,15 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, self.encoder.embed_tokens.weight)
-        init_weights(self, config.initializer_range)
+        self.init_weights()
         self.register_load_state_dict_pre_hook(Autoencoder._complete)
         self.register_load_state_dict_post_hook(Autoencoder._tie)
+
+    def init_weights(self) -> None:
+        """The whole initialisation, also of a module that was made on `meta` (`to_empty`)."""
+        self._tie(self, None)
+        init_weights(self, self.config.initializer_range)
+        self.encoder.tables = None  # they were of other parameters
 
     @staticmethod
     def _complete(_: "Autoencoder", tensors: dict[str, Tensor], prefix: str, *__: object) -> None:

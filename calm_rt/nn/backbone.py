@@ -215,7 +215,11 @@ class Transformer(nn.Module):
             TransformerLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        init_weights(self, config.initializer_range)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The whole initialisation."""
+        init_weights(self, self.config.initializer_range)
 
     def forward(self, embeds: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states of patches that follow what the cache holds.

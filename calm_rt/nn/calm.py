@@ -47,7 +47,16 @@ class Calm(nn.Module):
             nn.LayerNorm(size, eps=EMBED_EPS),
         )
         self.generative_head = EnergyHead(config)
-        init_weights(self.embed_proj, config.initializer_range)
+        self._init_projection()  # the other parts did so as they were made
+
+    def init_weights(self) -> None:
+        """The whole initialisation, also of a module that was made on `meta` (`to_empty`)."""
+        for part in (self.ae_model, self.transformer, self.generative_head):
+            part.init_weights()
+        self._init_projection()
+
+    def _init_projection(self) -> None:
+        init_weights(self.embed_proj, self.config.initializer_range)
 
     def hidden_states(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """The backbone's state after every patch, from which the next patch is drawn.

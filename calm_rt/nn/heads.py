@@ -54,7 +54,11 @@ class EnergyHead(nn.Module):
         self.norm_noise = nn.LayerNorm(size, eps=HEAD_EPS)
         self.mlp_blocks = nn.ModuleList(EnergyHeadBlock(size) for _ in range(config.num_mlp_layers))
         self.final_layer = EnergyHeadOutput(size, config.latent_size)
-        init_weights(self, config.initializer_range)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The whole initialisation: the head of an untrained model draws zeros."""
+        init_weights(self, self.config.initializer_range)
         nn.init.zeros_(self.final_layer.linears[2].weight)
 
     def forward(self, hidden: Tensor, noise: Tensor) -> Tensor:
