@@ -84,7 +84,7 @@ def test_files_keep_their_shape(path: Path) -> None:
 
 
 LAYERS = [  # a module imports of its own line and of those above
-    "reference atomic options torch_archive",
+    "reference atomic options torch_archive flops",
     "ops _native official magnitudes costs tensor_files figures library threads curves",
     "nn host hub documents shuffle environment inputs testing",
     "tokenizer data model_folder draws branches",
