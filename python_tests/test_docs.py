@@ -62,7 +62,6 @@ def here(folder, tmp_path, monkeypatch) -> Path:
         constants=SimpleNamespace(HF_HUB_OFFLINE=False),
         list_repo_files=lambda name: [path.name for path in (tmp_path / "CALM-M").iterdir()],
         snapshot_download=lambda name, allow_patterns: str(tmp_path / "CALM-M"),
-        constants=SimpleNamespace(HF_HUB_OFFLINE=False),
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     cases = [dataclasses.replace(case, benchmark=True, rounds=5) for case in TINY]
