@@ -14,8 +14,6 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from calm_rt import flops
-
 BACKENDS = ("auto", "native", "reference")
 FLOATS = {  # the dtypes that the kernels of most ops take, by device type
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -235,5 +233,3 @@ class backend:
 _load_error = _load()
 _has_cuda = _load_error is None and torch.ops.calm_rt.has_cuda()
 _check_environment()
-if _load_error is None:
-    flops.count_ours()

@@ -5,16 +5,12 @@ products of the algorithm: what a kernel leaves out for the values that it meets
 twice, rows behind `count`, what a screen decides) is in them, and so is what it does in 8 bits.
 """
 
-import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
 
-COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
@@ -130,36 +126,12 @@ def _head(rows: int, draws: int, weights: list[Shape]) -> int:
     return flop
 
 
-def register(counter: ModuleType) -> None:
-    """Gives the counter's module the formulas of the ops that the extension has."""
+def register() -> None:
+    """Makes torch.utils.flop_counter count the ops that the extension has; to be called before a
+    FlopCounterMode is made. (Not done at import, for the counter imports triton where it can.)"""
+    from torch.utils import flop_counter
+
     for formula in FORMULAS:
         packet = getattr(torch.ops.calm_rt, formula.__name__, None)
-        if packet is not None and packet not in counter.flop_registry:
-            counter.register_flop_formula(packet)(formula)
-
-
-class AtImport:
-    """Registers the formulas once the counter's module has run. To import it for them would be to
-    import triton, where that is installed, for a tenth of a second."""
-
-    def find_spec(self, name: str, *_: Any) -> Any:
-        if name != COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        run = spec.loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            register(module)
-
-        spec.loader.exec_module = run_and_register
-        return spec
-
-
-def count_ours() -> None:
-    """Makes the counter count the ops, now or as soon as it is imported."""
-    if COUNTER in sys.modules:
-        register(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, AtImport())
+        if packet is not None and packet not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(packet)(formula)
