@@ -207,7 +207,7 @@ class backend:
 
     As a statement, `calm_rt.backend("native")`, it stays in force; in a `with` it ends there. All
     threads of the process share it.
-    Raises ValueError for another name.
+    raises: ValueError for another name.
     """
 
     def __init__(self, name: str):

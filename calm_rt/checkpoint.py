@@ -62,7 +62,7 @@ def load(
         from the folder itself; an official config's ae_path is not looked at.
     dtype: of the parameters; None keeps what is stored.
     hub: take "owner/name" for a repository of the Hugging Face hub, see hub.local_folder.
-    Raises FileNotFoundError, and ValueError naming file and tensor for what does not fit.
+    raises: FileNotFoundError, and ValueError naming file and tensor for what does not fit.
     """
     _check_dtype(dtype)
     folder = ModelFolder(local_folder(path, hub))

@@ -144,7 +144,7 @@ def write_torch(path: Path, tensors: dict[str, Tensor]) -> None:
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a torch file that holds a state dict only.
 
-    Raises FileNotFoundError, and ValueError naming the file where it is damaged or holds anything
+    raises: FileNotFoundError, and ValueError naming the file where it is damaged or holds anything
     but tensors.
     """
     path = Path(path)
@@ -189,7 +189,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Raises FileNotFoundError, and ValueError where the file holds something else.
+    raises: FileNotFoundError, and ValueError where the file holds something else.
     """
     path = Path(path)
     if not path.is_file():

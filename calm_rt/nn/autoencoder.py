@@ -242,7 +242,7 @@ class Autoencoder(nn.Module):
         ids: [B, P K] int64.
         returns: two [B, P, L]. A frozen autoencoder ignores autocast, so that a language model's
             targets are the same in training and in evaluation.
-        Raises ValueError for a shape that is not whole patches, IndexError (on CPU) for an id
+        raises: ValueError for a shape that is not whole patches, IndexError (on CPU) for an id
         outside the vocabulary.
         """
         patch_size = self.config.patch_size
@@ -301,7 +301,7 @@ def fold_encoder(autoencoder: Autoencoder) -> None:
     wrapping, or with broadcast_buffers=False, for they are a buffer. Parameters that
     torch.func.functional_call puts in their place do not change them; while parameters are of
     another type than the tables (mixed precision of FSDP2) these are not used.
-    Raises ValueError where a parameter of the encoder requires a gradient.
+    raises: ValueError where a parameter of the encoder requires a gradient.
     """
     _check_autoencoder(autoencoder)
     encoder = autoencoder.encoder

@@ -84,7 +84,7 @@ class KVCache:
         """Counts the last forward pass's first `counts[b]` patches of row b as read.
 
         counts: [B] int64.
-        Raises ValueError (in eager CPU code) if a row would exceed max_patches.
+        raises: ValueError (in eager CPU code) if a row would exceed max_patches.
         """
         check_shape("counts", counts, B=self.lengths.shape[0])
         if may_look(self.lengths):

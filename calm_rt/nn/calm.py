@@ -21,7 +21,7 @@ class Calm(nn.Module):
 
     The autoencoder inside is frozen: it gets no gradient and stays in evaluation mode under
     `train()`.
-    Raises ValueError if the two configurations disagree on patch_size, latent_size or vocab_size.
+    raises: ValueError if the two configurations disagree on patch_size, latent_size or vocab_size.
     """
 
     numbered_draws = True  # draw i of a row does not depend on how many draws are asked for
@@ -66,7 +66,7 @@ class Calm(nn.Module):
             into the cache but not counted, so rows of unequal length may be padded on the right:
             call cache.advance with the true counts.
         returns: [B, P, H].
-        Raises ValueError for a shape that is not whole patches, IndexError (on CPU) for an id
+        raises: ValueError for a shape that is not whole patches, IndexError (on CPU) for an id
         outside the vocabulary.
         """
         patch_size = self.config.patch_size

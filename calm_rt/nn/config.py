@@ -45,7 +45,7 @@ class _Config:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The configuration in a parsed config.json; keys that mean nothing here are ignored.
 
-        Raises ValueError naming the field where a value is not usable.
+        raises: ValueError naming the field where a value is not usable.
         """
         _require(isinstance(values, dict), "file", "a JSON object", values)
         known = {field.name for field in dataclasses.fields(cls)}

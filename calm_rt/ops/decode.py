@@ -30,8 +30,8 @@ def decode(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6) -> Te
     weights: of the decoder, in latents' type but for norms; the expansion fixes K.
     eps: of the RMS norms.
     returns: [R, K] int64; no gradient.
-    Raises ValueError for other shapes, types or devices.
-    Source: the official Decoder.forward and the argmax behind it.
+    raises: ValueError for other shapes, types or devices.
+    source: the official Decoder.forward and the argmax behind it.
     """
     _check(latents, weights, eps)
     if not _native.use_native("decode", latents, latents.dtype, DTYPES):
@@ -52,7 +52,7 @@ def decode_hidden(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6
     latents: [R, L].
     weights: of the decoder.
     returns: [R, K, H], with gradients.
-    Raises ValueError for other shapes, types or devices.
+    raises: ValueError for other shapes, types or devices.
     """
     hidden = decode_patch(latents, weights, eps=eps)
     hidden = F.linear(hidden, *weights.expand).unflatten(-1, (-1, weights.norm.shape[0]))
@@ -65,7 +65,7 @@ def decode_patch(latents: Tensor, weights: DecoderWeights, *, eps: float = 1e-6)
     latents: [R, L].
     weights: of the decoder.
     returns: [R, H], with gradients.
-    Raises ValueError for other shapes, types or devices.
+    raises: ValueError for other shapes, types or devices.
     """
     _check(latents, weights, eps)
     hidden = F.linear(latents, *weights.latent)
@@ -89,7 +89,7 @@ def decode_slots(
     weights: of the decoder.
     count: [] int64, only the first so many rows are wanted, see `linear_argmax`; None for all.
     returns: [N_0 + N_1 + ...] int64, slot after slot, -1 of unwanted rows; no gradient.
-    Raises ValueError for another number of slots.
+    raises: ValueError for another number of slots.
     """
     slots = weights.expand.weight.unflatten(0, (-1, hidden.shape[1]))  # [K, H, H]
     biases = weights.expand.bias.unflatten(0, slots.shape[:2])

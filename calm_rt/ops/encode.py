@@ -35,9 +35,9 @@ def encode(
     eps: of the RMS norms.
     returns: two [R, L], each contiguous, with gradients to weights that are not folded. On a GPU an
         id outside [0, V) makes its row NaN.
-    Raises ValueError for other shapes, types or devices, IndexError (in eager CPU code) for an id
+    raises: ValueError for other shapes, types or devices, IndexError (in eager CPU code) for an id
     outside [0, V).
-    Source: the official Encoder.forward.
+    source: the official Encoder.forward.
     """
     check_shape("ids", ids, R=None, K=None)
     check_int64("ids", ids)

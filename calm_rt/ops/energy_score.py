@@ -83,10 +83,10 @@ def energy_score(
     returns: [R], float32 (float64 for float64 inputs), larger is better; once differentiable in x,
         mean and log_std, with gradient 0 at distance 0. With return_terms an
         EnergyScore(score, diversity, fidelity), of which only the score carries a gradient.
-    Memory: the gradient is computed in the forward and kept, [S, R, L] in x's type where x needs
+    memory: the gradient is computed in the forward and kept, [S, R, L] in x's type where x needs
         one. No [S, M, R, L] and no [M, R, L] exists.
-    Raises ValueError for a wrong shape, dtype, device or range.
-    Source: paper equations 9 and 10, official `energy_score`.
+    raises: ValueError for a wrong shape, dtype, device or range.
+    source: paper equations 9 and 10, official `energy_score`.
     """
     check_shape("x", x, S=None, R=None, L=None)
     num_draws, num_rows, size = x.shape

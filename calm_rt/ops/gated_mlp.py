@@ -30,11 +30,11 @@ def gated_mlp(
     down: [H, I].
     eps: of the norm.
     returns: [..., H] in x's type; once differentiable in everything but eps.
-    Memory: with gradients the products of gate and up are kept, two [..., I]; nothing of that size
+    memory: with gradients the products of gate and up are kept, two [..., I]; nothing of that size
         without.
     Under torch.autocast the products are taken in its type, and x and what is returned keep theirs.
-    Raises ValueError for other shapes, types or devices.
-    Source: the official AELayer.
+    raises: ValueError for other shapes, types or devices.
+    source: the official AELayer.
     """
     check_tensor("x", x)
     dtype = x.dtype

@@ -33,10 +33,10 @@ def linear_argmax(
         (H no multiple of 8). None for all.
     returns: [R] int64; no gradient. The kernel's scores are sums in double of products that are
         exact but for float64, on every device; the reference's are rounded to the inputs' type.
-    Memory: no [R, V] logits; on the CPU no score at all, [R, H] of 8-bit numbers; on a GPU one
+    memory: no [R, V] logits; on the CPU no score at all, [R, H] of 8-bit numbers; on a GPU one
         bound for each 64 entries where H is a multiple of 8, otherwise a block of scores.
-    Raises ValueError for other shapes, types or devices.
-    Source: the argmax in the official CALM.temperature_sampling.
+    raises: ValueError for other shapes, types or devices.
+    source: the argmax in the official CALM.temperature_sampling.
     """
     check_shape("hidden", hidden, R=None, H=None)
     check_shape("weight", weight, V=None, H=hidden.shape[1])
@@ -71,7 +71,7 @@ def screen_vocabulary(weight: Tensor) -> Tensor | None:
     returns: [panels, bytes] int8, in the layout of this processor (not to be saved), V x H bytes
         (twice as many without AVX-512 VNNI); None where no kernel takes one: for float64, above
         H = 32,768, on a GPU, in compiled code and without the extension.
-    Raises ValueError for another shape or type.
+    raises: ValueError for another shape or type.
     """
     check_shape("weight", weight, V=None, H=None)
     check(weight.shape[0] >= 1, "weight", "at least one row", list(weight.shape))

@@ -54,16 +54,16 @@ def linear_cross_entropy(
         on a CPU and 1 GB on a GPU. The gradients differ in rounding between budgets.
     returns: [] for "mean" and "sum", [R] for "none"; nats, float32 for 16-bit inputs; once
         differentiable in hidden and weight.
-    Memory: the logits exist a block of rows at a time, as max_workspace_bytes says.
+    memory: the logits exist a block of rows at a time, as max_workspace_bytes says.
         Of at most H rows (bfloat16 on a CPU: at most 64 too) the gradient of the logits, [R, V], is
         kept for the backward if it fits max_workspace_bytes. It is no larger than the gradient of
         the weight. float16 and exported programs never keep it.
         Of more rows "mean" and "sum" compute the gradients in the forward and keep them, [R, H] and
         [V, H] in float32 (float64 for float64 inputs). "none" computes them in the backward.
     Under torch.autocast hidden and weight are cast as F.linear casts them.
-    Raises ValueError for other shapes, types or devices, or an unknown reduction; IndexError for a
+    raises: ValueError for other shapes, types or devices, or an unknown reduction; IndexError for a
     target outside the vocabulary in eager code on a CPU, elsewhere the kernel gives NaN for it.
-    Source: the loss of the official Autoencoder.forward.
+    source: the loss of the official Autoencoder.forward.
     """
     check_shape("hidden", hidden, R=None, H=None)
     check_shape("weight", weight, V=None, H=hidden.shape[1])

@@ -26,8 +26,8 @@ def noise(
     stream: a reference.Stream, so that two uses of one seed and row never share numbers; 0 to 255.
     distribution: "normal", or "uniform" in [0, 1) with the same bits everywhere.
     returns: [D, R, length] in dtype.
-    Raises ValueError for a wrong shape, dtype, distribution or size.
-    Source: Salmon et al. 2011, Philox4x32-10; the official code draws by torch's generators.
+    raises: ValueError for a wrong shape, dtype, distribution or size.
+    source: Salmon et al. 2011, Philox4x32-10; the official code draws by torch's generators.
     """
     # in a fifth of what the checks take
     if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.dtype != torch.int64:

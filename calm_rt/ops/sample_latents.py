@@ -35,13 +35,13 @@ def sample_latents(
     seed: an int, or [] int64 (under torch.compile and in CUDA graphs).
     rows: [R] int64, logical row ids, on which a row's noise depends; None for 0 .. R-1.
     returns: [S, R, L] in hidden's dtype; once differentiable in hidden and weights.
-    Memory: the context is never repeated or concatenated S times. With gradients every draw keeps
+    memory: the context is never repeated or concatenated S times. With gradients every draw keeps
         the products of each block, [4, H] in hidden's dtype, and its input, [H] in float32 for
         16-bit types; activations are computed again in the backward.
     Under torch.autocast hidden and weights are cast as F.linear casts them, and so is what returns;
     the sum over the blocks stays in float32.
-    Raises ValueError for other shapes, types or devices.
-    Source: paper section 3.3, the official MLPGenerator.sample.
+    raises: ValueError for other shapes, types or devices.
+    source: paper section 3.3, the official MLPGenerator.sample.
     """
     check_shape("hidden", hidden, R=None, H=None)
     check_float("hidden", hidden)

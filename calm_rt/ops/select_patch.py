@@ -23,8 +23,8 @@ def select_patch(
     rows: [B] int64, logical row ids, on which a row's choice depends; None for 0 .. B-1.
     returns: [B] int64, the index in the pool of the chosen patch's first occurrence; the same on
         every device.
-    Raises ValueError for other shapes or types, an empty pool or n below 1.
-    Source: paper algorithm 2, the official CALM.temperature_sampling.
+    raises: ValueError for other shapes or types, an empty pool or n below 1.
+    source: paper algorithm 2, the official CALM.temperature_sampling.
     """
     # in a fifth of what the checks take
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.dtype != torch.int64:

@@ -21,8 +21,8 @@ def survivors(tokens: Tensor, kept: Tensor, *, depth: int) -> tuple[Tensor, Tens
     depth: from 0 to K, how many tokens of each candidate are compared.
     returns: [B S] int64, the numbers b S + s, in order those that share or are kept, then in order
         the others; [] int64, how many come first. The same on every device.
-    Raises ValueError for other shapes or types, an empty pool or depth.
-    Source: the lazy pool of `calm_rt.pool`; not in the official code.
+    raises: ValueError for other shapes or types, an empty pool or depth.
+    source: the lazy pool of `calm_rt.pool`; not in the official code.
     """
     check_shape("tokens", tokens, B=None, S=None, K=None)
     check_int64("tokens", tokens)
