@@ -55,7 +55,9 @@ def source(tmp_path_factory) -> Path:
         (folder / "tree" / name).write_bytes((ROOT / name).read_bytes())
     archive = build("sdist", folder / "tree", folder)
     with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
+            packed.extraction_filter = tarfile.data_filter
+        packed.extractall(folder)
     return folder / archive.name.removesuffix(".tar.gz")
 
 
