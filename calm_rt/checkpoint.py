@@ -172,7 +172,8 @@ def _plain_tensors(model: Autoencoder | Calm) -> dict[str, Tensor]:
         prefix = f"{path}." if path else ""
         for name in [n for n in tensors if n.startswith(f"{prefix}parametrizations.")]:
             del tensors[name]
-        for name, chain in module.parametrizations.items():
+        chains: Any = module.parametrizations
+        for name, chain in chains.items():
             training = chain.training
             chain.eval()  # in training a spectral norm changes its state at every look
             tensors[prefix + name] = getattr(module, name)

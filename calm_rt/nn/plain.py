@@ -1,5 +1,7 @@
 """Modules that compute what their class does and no more: an op takes the weights of no other."""
 
+from typing import TypeVar
+
 from torch import Tensor, nn
 
 from calm_rt.ops.check import check
@@ -11,7 +13,10 @@ WHOLE = (
 )
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def uncompiled(module: Module) -> Module:
     """What torch.compile wraps, or the module itself."""
     return getattr(module, "_orig_mod", module)
 

@@ -8,7 +8,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Literal, NoReturn, SupportsIndex, overload
+from typing import Any, Literal, NoReturn, SupportsIndex, overload
 
 import torch
 from torch import Tensor
@@ -185,11 +185,13 @@ def check_types(
         _check_matrices(like, tensor, weights)
 
 
-def _check_matrices(like: str, tensor: Tensor, weights: tuple) -> None:
+def _check_matrices(like: str, tensor: Tensor, weights: Any) -> None:
     """The same as `check_types`, one by one."""
     for name, part in zip(weights._fields, weights, strict=True):
-        matrices = part if isinstance(part, LinearWeights) else []
-        if name == "vocabulary":
+        matrices = []
+        if isinstance(part, LinearWeights):
+            matrices = [*part]
+        elif name == "vocabulary":
             matrices = [part]
         elif name.endswith("_layers"):
             matrices = [matrix for layer in part for matrix in layer[1:]]
