@@ -87,10 +87,11 @@ def _terms(
     right = torch.zeros(ids.shape, dtype=torch.float64, device=ids.device)  # of the text's tokens
     collision = right.new_zeros(len(starts))  # C_1 at every start
     token = owner.new_zeros(len(starts), num_paths)  # the first of each path
+    largest = int(padded.max())
     at = 1  # the place after the first token of a piece
     for logits in reader.read(ids):
-        fits = int(ids.max()) < logits.shape[2]
-        check(fits, "documents", f"token ids below the model's {logits.shape[2]}", int(ids.max()))
+        fits = largest < logits.shape[2]
+        check(fits, "documents", f"token ids below the model's {logits.shape[2]}", largest)
         chances = logits.to(ids.device).double().softmax(-1)  # [B, n, V]
         wanted = ids[:, at : at + chances.shape[1]]
         here = chances[:, : wanted.shape[1]].gather(2, wanted[..., None]).squeeze(2)
